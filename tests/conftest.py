@@ -1,0 +1,24 @@
+"""What the tests share: the module under test, text-format modules, test data."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHARED = os.path.join(ROOT, os.environ.get("SHARED", "../shared"))
+sys.path.insert(0, ROOT)
+
+
+@pytest.fixture(scope="session")
+def wat():
+    """wat(text, *options) -> the bytes of the module, by wabt's wat2wasm."""
+    if not shutil.which("wat2wasm"):
+        pytest.skip("wat2wasm (Debian package wabt) is not installed")
+
+    def compile(text, *options):
+        return subprocess.run(["wat2wasm", *options, "-", "-o", "/dev/stdout"], input=text.encode(),
+                              stdout=subprocess.PIPE, check=True).stdout
+    return compile
