@@ -12,11 +12,16 @@ The module reads bottom-up: a chapter uses only chapters before it.
   10  Store and instances     memories, tables, globals, linking (4.2, 4.5)
   11  Validation, translation one pass from bytes to basic blocks (3.3, A.3)
   12  Interpreter             the loop that executes blocks (4.4)
+  13  WASI                    preview 1: what a guest can do to the world
+  19  Command line            run a module without containerd
 """
 
 import _struct as struct
+import errno
+import fcntl
 import mmap
 import os
+import select
 import sys
 import time
 from math import sqrt
@@ -2289,3 +2294,871 @@ def indirect_callee(x, R):
     return callee
 
 
+# === 13. WASI =================================================================
+#
+# WASI preview 1: 46 functions over the guest's memory. In: the arguments, the
+# environment and the preopened directories that the caller grants; the guest sees
+# nothing else of the host. Each method has the name and the parameters of the
+# witx file; it raises OSError or WasiError, and one wrapper turns that into an
+# errno. A path is resolved component by component below its preopen and never
+# leaves it.
+
+WASI_ERRNO = {name: code for code, name in enumerate((
+    "SUCCESS E2BIG EACCES EADDRINUSE EADDRNOTAVAIL EAFNOSUPPORT EAGAIN EALREADY EBADF EBADMSG EBUSY ECANCELED "
+    "ECHILD ECONNABORTED ECONNREFUSED ECONNRESET EDEADLK EDESTADDRREQ EDOM EDQUOT EEXIST EFAULT EFBIG "
+    "EHOSTUNREACH EIDRM EILSEQ EINPROGRESS EINTR EINVAL EIO EISCONN EISDIR ELOOP EMFILE EMLINK EMSGSIZE "
+    "EMULTIHOP ENAMETOOLONG ENETDOWN ENETRESET ENETUNREACH ENFILE ENOBUFS ENODEV ENOENT ENOEXEC ENOLCK "
+    "ENOLINK ENOMEM ENOMSG ENOPROTOOPT ENOSPC ENOSYS ENOTCONN ENOTDIR ENOTEMPTY ENOTRECOVERABLE ENOTSOCK "
+    "ENOTSUP ENOTTY ENXIO EOVERFLOW EOWNERDEAD EPERM EPIPE EPROTO EPROTONOSUPPORT EPROTOTYPE ERANGE EROFS "
+    "ESPIPE ESRCH ESTALE ETIMEDOUT ETXTBSY EXDEV ENOTCAPABLE").split())}
+
+RIGHTS = {name: 1 << bit for bit, name in enumerate((
+    "fd_datasync fd_read fd_seek fd_fdstat_set_flags fd_sync fd_tell fd_write fd_advise fd_allocate "
+    "path_create_directory path_create_file path_link_source path_link_target path_open fd_readdir "
+    "path_readlink path_rename_source path_rename_target path_filestat_get path_filestat_set_size "
+    "path_filestat_set_times fd_filestat_get fd_filestat_set_size fd_filestat_set_times path_symlink "
+    "path_remove_directory path_unlink_file poll_fd_readwrite sock_shutdown sock_accept").split())}
+ALL_RIGHTS = (1 << 30) - 1
+
+
+def rights(names):
+    """The bits of space-separated names."""
+    return sum(RIGHTS[name] for name in names.split())
+
+
+FILE_RIGHTS = rights("fd_datasync fd_read fd_seek fd_fdstat_set_flags fd_sync fd_tell fd_write fd_advise fd_allocate "
+                     "fd_filestat_get fd_filestat_set_size fd_filestat_set_times poll_fd_readwrite")
+DIRECTORY_RIGHTS = ALL_RIGHTS & ~rights(
+    "fd_datasync fd_read fd_seek fd_tell fd_write fd_advise fd_allocate fd_filestat_set_size poll_fd_readwrite "
+    "sock_shutdown sock_accept") | rights("fd_datasync fd_sync")
+STREAM_RIGHTS = FILE_RIGHTS & ~rights("fd_seek fd_tell")
+WRITING_RIGHTS = rights("fd_write fd_allocate fd_filestat_set_size")
+
+FILETYPES = {0o060000: 1, 0o020000: 2, 0o040000: 3, 0o100000: 4, 0o140000: 6, 0o120000: 7}
+REGULAR_FILE, DIRECTORY, SYMBOLIC_LINK = 4, 3, 7
+FDFLAGS = ((1, os.O_APPEND), (2, os.O_DSYNC), (4, os.O_NONBLOCK), (8, os.O_RSYNC), (16, os.O_SYNC))
+OFLAGS_CREAT, OFLAGS_DIRECTORY, OFLAGS_EXCL, OFLAGS_TRUNC = 1, 2, 4, 8
+LOOKUP_SYMLINK_FOLLOW = 1
+MAX_DESCRIPTORS = 4096
+MAX_IOVECS = 1024
+MAX_SYMLINKS = 40
+MAX_TRANSFER_BYTES = 1 << 20
+HARMLESS_DEVICES = ((1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0))  # null zero full random urandom tty
+
+
+class WasiError(Exception):
+    """A WASI errno by name, where no OSError says it."""
+
+
+class Descriptor:
+    """An open file of the guest. `preopen` is the guest path of a preopened directory,
+    `entries` the snapshot that fd_readdir's cookies count in."""
+
+    __slots__ = ("fd", "filetype", "base", "inheriting", "preopen", "entries", "flags")
+
+    def __init__(self, fd, base, inheriting=0, preopen=None, flags=0):
+        self.fd = fd
+        self.filetype = filetype(os.fstat(fd))
+        self.base, self.inheriting, self.preopen, self.flags = base, inheriting, preopen, flags
+        self.entries = None
+
+
+def filetype(status):
+    """The WASI file type of a stat result; 0 (unknown) for a pipe."""
+    return FILETYPES.get(status.st_mode & 0o170000, 0)
+
+
+class Wasi:
+    """The state of one guest. `preopens` is a list of (host path, guest path)."""
+
+    def __init__(self, arguments=(), environment=(), preopens=()):
+        self.arguments = [os.fsencode(a) for a in arguments]
+        self.environment = [os.fsencode(e) for e in environment]
+        self.memory = None
+        self.forbidden = forbidden_devices()
+        self.descriptors = {}
+        for fd in 0, 1, 2:
+            try:
+                self.descriptors[fd] = Descriptor(fd, STREAM_RIGHTS if filetype(os.fstat(fd)) != REGULAR_FILE else FILE_RIGHTS)
+            except OSError:
+                pass                    # closed by whoever started us: EBADF for the guest
+        for host, guest in preopens:
+            fd = os.open(host, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.insert(Descriptor(fd, DIRECTORY_RIGHTS, DIRECTORY_RIGHTS | FILE_RIGHTS, os.fsencode(guest)))
+
+    def imports(self):
+        """The imports' namespace: {name: HostFunction}."""
+        return {name: self.host_function(name, letters) for name, letters in WASI_FUNCTIONS.items()}
+
+    def host_function(self, name, letters):
+        """The HostFunction of a method; the errno is its result."""
+        method = getattr(self, name)
+        type = FunctionType([TYPE_LETTERS[letter] for letter in letters], () if name == "proc_exit" else (I32,))
+
+        def call(*arguments):
+            try:
+                method(*arguments)
+                return (0,)
+            except OSError as error:
+                return (WASI_ERRNO.get(errno_names.get(error.errno), WASI_ERRNO["EIO"]),)
+            except WasiError as error:
+                return (WASI_ERRNO[error.args[0]],)
+            except (struct.error, IndexError):
+                return (WASI_ERRNO["EFAULT"],)
+        return HostFunction(type, call, name)
+
+    # -- the guest's memory --
+
+    def bytes_at(self, address, size):
+        """A view of `size` bytes; EFAULT where they are not all inside."""
+        view = self.memory.view[address:address + size]
+        if len(view) != size:
+            raise WasiError("EFAULT")
+        return view
+
+    def store(self, format, address, *values):
+        struct.pack_into("<" + format, self.memory.view, address, *values)
+
+    def buffers(self, address, count):
+        """The views of an iovec array, cut to what one call transfers."""
+        if count > MAX_IOVECS:
+            raise WasiError("EINVAL")
+        views, room = [], MAX_TRANSFER_BYTES
+        for start, size in struct.iter_unpack("<II", self.bytes_at(address, 8 * count)):
+            view = self.bytes_at(start, size)
+            views.append(view[:room])
+            room -= len(views[-1])
+        return views
+
+    # -- descriptors --
+
+    def insert(self, descriptor):
+        """The lowest free number, now the descriptor's."""
+        if len(self.descriptors) >= MAX_DESCRIPTORS:
+            os.close(descriptor.fd)
+            raise WasiError("EMFILE")
+        number = 3
+        while number in self.descriptors:
+            number += 1
+        self.descriptors[number] = descriptor
+        return number
+
+    def descriptor(self, number, right=0):
+        """The descriptor, if it has the right."""
+        descriptor = self.descriptors.get(number)
+        if descriptor is None:
+            raise WasiError("EBADF")
+        if right & ~descriptor.base:
+            raise WasiError("ENOTCAPABLE")
+        return descriptor
+
+    def directory(self, number, right):
+        """The descriptor of a directory, if it has the right."""
+        descriptor = self.descriptor(number)
+        if descriptor.filetype != DIRECTORY:
+            raise WasiError("ENOTDIR")
+        return self.descriptor(number, RIGHTS[right])
+
+    # -- arguments, environment, clocks, random, processes --
+
+    def args_sizes_get(self, count, size):
+        self.store_sizes(self.arguments, count, size)
+
+    def args_get(self, pointers, buffer):
+        self.store_strings(self.arguments, pointers, buffer)
+
+    def environ_sizes_get(self, count, size):
+        self.store_sizes(self.environment, count, size)
+
+    def environ_get(self, pointers, buffer):
+        self.store_strings(self.environment, pointers, buffer)
+
+    def store_sizes(self, strings, count, size):
+        self.store("I", count, len(strings))
+        self.store("I", size, sum(map(len, strings)) + len(strings))
+
+    def store_strings(self, strings, pointers, buffer):
+        for string in strings:
+            self.store("I", pointers, buffer)
+            self.bytes_at(buffer, len(string) + 1)[:] = string + b"\0"
+            pointers += 4
+            buffer += len(string) + 1
+
+    def clock(self, number):
+        if number >= len(WASI_CLOCKS):
+            raise WasiError("EINVAL")
+        return WASI_CLOCKS[number]
+
+    def clock_res_get(self, number, result):
+        self.store("Q", result, max(1, round(time.clock_getres(self.clock(number)) * 1e9)))
+
+    def clock_time_get(self, number, precision, result):
+        self.store("Q", result, time.clock_gettime_ns(self.clock(number)))
+
+    def random_get(self, buffer, size):
+        view = self.bytes_at(buffer, size)
+        for start in range(0, size, MAX_TRANSFER_BYTES):
+            piece = view[start:start + MAX_TRANSFER_BYTES]
+            piece[:] = os.urandom(len(piece))
+
+    def proc_exit(self, code):
+        raise Exit(code)
+
+    def proc_raise(self, signal):
+        if not 0 <= signal < len(WASI_SIGNALS):
+            raise WasiError("EINVAL")
+        if signal:
+            os.kill(os.getpid(), WASI_SIGNALS[signal])
+
+    def sched_yield(self):
+        os.sched_yield()
+
+    # -- files --
+
+    def fd_read(self, number, iovs, count, result):
+        descriptor = self.descriptor(number, RIGHTS["fd_read"])
+        self.store("I", result, self.read_into(descriptor, self.buffers(iovs, count)))
+
+    def read_into(self, descriptor, views):
+        views = [view for view in views if len(view)]
+        return os.readv(descriptor.fd, views) if views else 0
+
+    def fd_write(self, number, iovs, count, result):
+        descriptor = self.descriptor(number, RIGHTS["fd_write"])
+        views = [view for view in self.buffers(iovs, count) if len(view)]
+        self.store("I", result, os.writev(descriptor.fd, views) if views else 0)
+
+    def fd_pread(self, number, iovs, count, offset, result):
+        descriptor = self.descriptor(number, RIGHTS["fd_read"] | RIGHTS["fd_seek"])
+        self.store("I", result, os.preadv(descriptor.fd, self.buffers(iovs, count), file_offset(offset)))
+
+    def fd_pwrite(self, number, iovs, count, offset, result):
+        descriptor = self.descriptor(number, RIGHTS["fd_write"] | RIGHTS["fd_seek"])
+        self.store("I", result, os.pwritev(descriptor.fd, self.buffers(iovs, count), file_offset(offset)))
+
+    def fd_seek(self, number, offset, whence, result):
+        descriptor = self.descriptor(number, RIGHTS["fd_seek"])
+        if whence > 2:
+            raise WasiError("EINVAL")
+        if descriptor.filetype == DIRECTORY:
+            raise WasiError("EBADF")
+        self.store("Q", result, os.lseek(descriptor.fd, signed(offset, 64), whence))
+
+    def fd_tell(self, number, result):
+        self.store("Q", result, os.lseek(self.descriptor(number, RIGHTS["fd_tell"]).fd, 0, os.SEEK_CUR))
+
+    def fd_close(self, number):
+        os.close(self.descriptor(number).fd)
+        del self.descriptors[number]
+
+    def fd_sync(self, number):
+        os.fsync(self.descriptor(number, RIGHTS["fd_sync"]).fd)
+
+    def fd_datasync(self, number):
+        os.fdatasync(self.descriptor(number, RIGHTS["fd_datasync"]).fd)
+
+    def fd_advise(self, number, offset, size, advice):
+        descriptor = self.descriptor(number, RIGHTS["fd_advise"])
+        if advice > 5:
+            raise WasiError("EINVAL")
+        os.posix_fadvise(descriptor.fd, file_offset(offset), file_offset(size), WASI_ADVICE[advice])
+
+    def fd_allocate(self, number, offset, size):
+        os.posix_fallocate(self.descriptor(number, RIGHTS["fd_allocate"]).fd, file_offset(offset), file_offset(size))
+
+    def fd_renumber(self, number, to):
+        descriptor, replaced = self.descriptor(number), self.descriptor(to)
+        if number != to:
+            os.close(replaced.fd)
+            self.descriptors[to] = descriptor
+            del self.descriptors[number]
+
+    def fd_fdstat_get(self, number, result):
+        d = self.descriptor(number)
+        self.store("BxH4xQQ", result, d.filetype, d.flags, d.base, d.inheriting)
+
+    def fd_fdstat_set_flags(self, number, flags):
+        descriptor = self.descriptor(number, RIGHTS["fd_fdstat_set_flags"])
+        if flags > 31:
+            raise WasiError("EINVAL")
+        settable = os.O_APPEND | os.O_NONBLOCK
+        current = fcntl.fcntl(descriptor.fd, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor.fd, fcntl.F_SETFL, current & ~settable | open_flags(flags) & settable)
+        descriptor.flags = flags
+
+    def fd_fdstat_set_rights(self, number, base, inheriting):
+        descriptor = self.descriptor(number)
+        if base & ~descriptor.base or inheriting & ~descriptor.inheriting:
+            raise WasiError("ENOTCAPABLE")
+        descriptor.base, descriptor.inheriting = base, inheriting
+
+    def fd_filestat_get(self, number, result):
+        self.store_filestat(result, os.fstat(self.descriptor(number, RIGHTS["fd_filestat_get"]).fd))
+
+    def store_filestat(self, result, s):
+        self.store("QQB7xQQQQQ", result, s.st_dev, s.st_ino, filetype(s), s.st_nlink, s.st_size,
+                   s.st_atime_ns & MAX_U64, s.st_mtime_ns & MAX_U64, s.st_ctime_ns & MAX_U64)
+
+    def fd_filestat_set_size(self, number, size):
+        os.ftruncate(self.descriptor(number, RIGHTS["fd_filestat_set_size"]).fd, file_offset(size))
+
+    def fd_filestat_set_times(self, number, atime, mtime, flags):
+        descriptor = self.descriptor(number, RIGHTS["fd_filestat_set_times"])
+        os.utime(descriptor.fd, ns=new_times(os.fstat(descriptor.fd), atime, mtime, flags))
+
+    def fd_prestat_get(self, number, result):
+        self.store("B3xI", result, 0, len(self.preopened(number).preopen))
+
+    def fd_prestat_dir_name(self, number, buffer, size):
+        name = self.preopened(number).preopen
+        if size < len(name):
+            raise WasiError("ENAMETOOLONG")
+        self.bytes_at(buffer, len(name))[:] = name
+
+    def preopened(self, number):
+        descriptor = self.descriptor(number)
+        if descriptor.preopen is None:
+            raise WasiError("EBADF")
+        return descriptor
+
+    def fd_readdir(self, number, buffer, size, cookie, result):
+        """Fills the buffer with entries from `cookie` on; a cut entry at the end tells
+        the guest that there are more. Cookie 0 takes a new snapshot."""
+        descriptor = self.directory(number, "fd_readdir")
+        view = self.bytes_at(buffer, size)
+        if cookie == 0 or descriptor.entries is None:
+            descriptor.entries = directory_entries(descriptor.fd)
+        used = 0
+        for index in range(min(cookie, len(descriptor.entries)), len(descriptor.entries)):
+            name, inode, type = descriptor.entries[index]
+            entry = struct.pack("<QQIB3x", index + 1, inode, len(name), type) + name
+            piece = entry[:size - used]
+            view[used:used + len(piece)] = piece
+            used += len(piece)
+            if used == size:
+                break
+        self.store("I", result, used)
+
+    # -- paths --
+
+    def path(self, address, size):
+        """The bytes of a path."""
+        path = bytes(self.bytes_at(address, size))
+        if b"\0" in path:
+            raise WasiError("EILSEQ")
+        try:
+            path.decode()
+        except UnicodeDecodeError:
+            raise WasiError("EILSEQ") from None
+        return path
+
+    def resolve(self, descriptor, path, follow=False):
+        """(fd of the parent directory, last name) of a path below a directory. The last
+        name is no symbolic link if `follow`; whoever opens it adds O_NOFOLLOW, so that
+        a link put there meanwhile is not followed either. The caller closes the fd."""
+        if not path:
+            raise WasiError("ENOENT")
+        if path.startswith(b"/"):
+            raise WasiError("EPERM")
+        stack = [os.dup(descriptor.fd)]
+        try:
+            pending, links = path.split(b"/")[::-1], 0
+            while True:
+                name = pending.pop()
+                last = not pending
+                if name == b"..":
+                    if len(stack) == 1:
+                        raise WasiError("EPERM")
+                    os.close(stack.pop())
+                if name in (b"", b".", b".."):
+                    if last:
+                        return stack.pop(), b"."
+                    continue
+                # A trailing slash asks for a directory, so it follows a link.
+                trailing = not any(n not in (b"", b".") for n in pending)
+                if last and not follow:
+                    return stack.pop(), name
+                try:
+                    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=stack[-1])
+                except FileNotFoundError:
+                    if last or trailing:
+                        return stack.pop(), name + (b"" if last else b"/")
+                    raise
+                status = os.fstat(fd)
+                if filetype(status) == SYMBOLIC_LINK:
+                    links += 1
+                    target = os.readlink(b"", dir_fd=fd)
+                    os.close(fd)
+                    if links > MAX_SYMLINKS:
+                        raise WasiError("ELOOP")
+                    if target.startswith(b"/"):
+                        raise WasiError("EPERM")
+                    pending += target.split(b"/")[::-1]
+                    continue
+                if last:
+                    os.close(fd)
+                    return stack.pop(), name
+                stack.append(fd)
+                if status.st_dev in self.forbidden:
+                    raise WasiError("EACCES")
+                if filetype(status) != DIRECTORY:
+                    raise WasiError("ENOTDIR")
+        finally:
+            for fd in stack:
+                os.close(fd)
+
+    def path_open(self, number, lookup, path, size, oflags, base, inheriting, fdflags, result):
+        directory = self.directory(number, "path_open")
+        name = self.path(path, size)
+        if oflags & OFLAGS_CREAT:
+            self.descriptor(number, RIGHTS["path_create_file"])
+        if oflags & OFLAGS_TRUNC:
+            self.descriptor(number, RIGHTS["path_filestat_set_size"])
+        if (base | inheriting) & ~directory.inheriting:
+            raise WasiError("ENOTCAPABLE")
+        parent, last = self.resolve(directory, name, follow=bool(lookup & LOOKUP_SYMLINK_FOLLOW))
+        try:
+            descriptor = self.open_at(parent, last, oflags, base, inheriting, fdflags)
+        finally:
+            os.close(parent)
+        self.store("I", result, self.insert(descriptor))
+
+    def open_at(self, parent, name, oflags, base, inheriting, fdflags):
+        """Opens a file for path_open. O_NONBLOCK: a FIFO or a device must not hang us."""
+        writing, reading = base & WRITING_RIGHTS, base & rights("fd_read fd_readdir")
+        flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | open_flags(fdflags)
+        flags |= os.O_RDWR if writing and reading else os.O_WRONLY if writing else os.O_RDONLY
+        for bit, flag in (OFLAGS_CREAT, os.O_CREAT), (OFLAGS_DIRECTORY, os.O_DIRECTORY), (OFLAGS_EXCL, os.O_EXCL), (OFLAGS_TRUNC, os.O_TRUNC):
+            if oflags & bit:
+                flags |= flag
+        if oflags & OFLAGS_CREAT and oflags & OFLAGS_DIRECTORY:
+            raise WasiError("EINVAL")
+        try:
+            fd = os.open(name, flags, 0o666, dir_fd=parent)
+        except IsADirectoryError:
+            if oflags & (OFLAGS_CREAT | OFLAGS_TRUNC) or base & RIGHTS["fd_write"] and not base & RIGHTS["fd_readdir"]:
+                raise
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            self.check_opened(fd)
+            if not fdflags & 4:
+                fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+            descriptor = Descriptor(fd, base, inheriting, flags=fdflags)
+        except BaseException:
+            os.close(fd)
+            raise
+        if descriptor.filetype == DIRECTORY:
+            descriptor.base &= DIRECTORY_RIGHTS
+        else:
+            descriptor.base &= FILE_RIGHTS
+        return descriptor
+
+    def check_opened(self, fd):
+        """No file of procfs or sysfs and no device that reaches memory or disks: with /
+        preopened, /proc/self/mem would hand the engine to the guest."""
+        status = os.fstat(fd)
+        kind = status.st_mode & 0o170000
+        device = os.major(status.st_rdev), os.minor(status.st_rdev)
+        if (status.st_dev in self.forbidden or kind == 0o060000
+                or kind == 0o020000 and device not in HARMLESS_DEVICES and device[0] not in range(136, 144)):
+            raise WasiError("EACCES")
+
+    def at(self, number, right, path, size, operation, follow=False):
+        """operation(parent fd, name) on a resolved path."""
+        parent, name = self.resolve(self.directory(number, right), self.path(path, size), follow)
+        try:
+            if os.fstat(parent).st_dev in self.forbidden:
+                raise WasiError("EACCES")
+            return operation(parent, name)
+        finally:
+            os.close(parent)
+
+    def path_create_directory(self, number, path, size):
+        self.at(number, "path_create_directory", path, size, lambda parent, name: os.mkdir(name.rstrip(b"/"), dir_fd=parent))
+
+    def path_remove_directory(self, number, path, size):
+        self.at(number, "path_remove_directory", path, size, lambda parent, name: os.rmdir(name, dir_fd=parent))
+
+    def path_unlink_file(self, number, path, size):
+        if bytes(self.bytes_at(path, size)).endswith(b"/"):
+            stat = self.at(number, "path_unlink_file", path, size, lambda parent, name: os.stat(name, dir_fd=parent, follow_symlinks=False))
+            raise WasiError("EISDIR" if filetype(stat) == DIRECTORY else "ENOTDIR")
+        self.at(number, "path_unlink_file", path, size, lambda parent, name: os.unlink(name, dir_fd=parent))
+
+    def path_filestat_get(self, number, lookup, path, size, result):
+        self.store_filestat(result, self.at(
+            number, "path_filestat_get", path, size,
+            lambda parent, name: os.stat(name, dir_fd=parent, follow_symlinks=False), bool(lookup & LOOKUP_SYMLINK_FOLLOW)))
+
+    def path_filestat_set_times(self, number, lookup, path, size, atime, mtime, flags):
+        def operation(parent, name):
+            status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            os.utime(name, ns=new_times(status, atime, mtime, flags), dir_fd=parent, follow_symlinks=False)
+        self.at(number, "path_filestat_set_times", path, size, operation, bool(lookup & LOOKUP_SYMLINK_FOLLOW))
+
+    def path_readlink(self, number, path, size, buffer, room, result):
+        target = self.at(number, "path_readlink", path, size, lambda parent, name: os.readlink(name, dir_fd=parent))
+        view = self.bytes_at(buffer, room)
+        view[:len(target)] = target[:room]
+        self.store("I", result, min(len(target), room))
+
+    def path_symlink(self, target, target_size, number, path, size):
+        target = self.path(target, target_size)
+        if target.startswith(b"/"):
+            raise WasiError("EPERM")
+        self.at(number, "path_symlink", path, size, lambda parent, name: os.symlink(target, name, dir_fd=parent))
+
+    def path_link(self, number, lookup, path, size, to, to_path, to_size):
+        if lookup & LOOKUP_SYMLINK_FOLLOW:
+            raise WasiError("EINVAL")
+        self.at(number, "path_link_source", path, size, lambda source, old: self.at(
+            to, "path_link_target", to_path, to_size,
+            lambda parent, name: os.link(old, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)))
+
+    def path_rename(self, number, path, size, to, to_path, to_size):
+        self.at(number, "path_rename_source", path, size, lambda source, old: self.at(
+            to, "path_rename_target", to_path, to_size,
+            lambda parent, name: os.rename(old, name, src_dir_fd=source, dst_dir_fd=parent)))
+
+    # -- polling and sockets --
+
+    def poll_oneoff(self, subscriptions, events, count, result):
+        """Waits for clocks and descriptors: one poll(2) with the nearest deadline."""
+        if count == 0:
+            raise WasiError("EINVAL")
+        if count > MAX_DESCRIPTORS:
+            raise WasiError("EINVAL")
+        poll, deadlines, waiting, ready = select.poll(), [], {}, []
+        for index in range(count):
+            base = subscriptions + 48 * index
+            userdata, tag = struct.unpack_from("<QB", self.memory.view, base)
+            if tag == 0:
+                deadlines.append((self.deadline(base + 16), userdata))
+            elif tag in (1, 2):
+                number, = struct.unpack_from("<I", self.memory.view, base + 16)
+                self.subscribe(poll, waiting, ready, userdata, tag, number)
+            else:
+                raise WasiError("EINVAL")
+        now = time.monotonic_ns()
+        timeout = 0 if ready else min((d for d, _ in deadlines), default=None)
+        if timeout:
+            timeout = max(0, timeout - now) / 1e6
+        for fd, mask in poll.poll(timeout) if waiting or not ready else ():
+            for userdata, tag in waiting[fd]:
+                if mask & ~(select.POLLIN | select.POLLOUT) or mask & (select.POLLIN if tag == 1 else select.POLLOUT):
+                    ready.append((userdata, 0, tag, bytes_available(fd) if tag == 1 else 1, int(bool(mask & select.POLLHUP))))
+        now = time.monotonic_ns()
+        ready += [(userdata, 0, 0, 0, 0) for deadline, userdata in deadlines if deadline <= now]
+        for index, (userdata, error, tag, size, flags) in enumerate(ready):
+            self.store("QHB5xQH6x", events + 32 * index, userdata, error, tag, size, flags)
+        self.store("I", result, len(ready))
+
+    def subscribe(self, poll, waiting, ready, userdata, tag, number):
+        """Adds a descriptor to poll_oneoff's sets; a bad one is ready with its errno."""
+        try:
+            descriptor = self.descriptor(number, RIGHTS["poll_fd_readwrite"])
+        except WasiError as error:
+            ready.append((userdata, WASI_ERRNO[error.args[0]], tag, 0, 0))
+            return
+        waiting.setdefault(descriptor.fd, []).append((userdata, tag))
+        wanted = (1 if any(t == 1 for _, t in waiting[descriptor.fd]) else 0) * select.POLLIN
+        wanted |= (1 if any(t == 2 for _, t in waiting[descriptor.fd]) else 0) * select.POLLOUT
+        poll.register(descriptor.fd, wanted)
+
+    def deadline(self, address):
+        """subscription_clock's end on the monotonic clock, in ns."""
+        number, timeout, precision, flags = struct.unpack_from("<I4xQQH", self.memory.view, address)
+        if number > 1:
+            raise WasiError("EINVAL" if number > 3 else "ENOTSUP")
+        if flags & 1:
+            timeout -= time.clock_gettime_ns(self.clock(number))
+        return time.monotonic_ns() + max(0, timeout)
+
+    def sock_accept(self, number, flags, result):
+        descriptor = self.descriptor(number, RIGHTS["sock_accept"])
+        with self.socket(descriptor) as socket:
+            fd, _ = socket._accept()
+        os.set_blocking(fd, not flags & 4)
+        self.store("I", result, self.insert(Descriptor(fd, STREAM_RIGHTS | RIGHTS["sock_shutdown"], flags=flags)))
+
+    def socket(self, descriptor):
+        """The descriptor as a socket object of its own (a duplicate)."""
+        import _socket
+        if descriptor.filetype != 6:
+            raise WasiError("ENOTSOCK")
+        return _socket.socket(fileno=os.dup(descriptor.fd))
+
+    def sock_recv(self, number, iovs, count, flags, size, oflags):
+        descriptor = self.descriptor(number, RIGHTS["fd_read"])
+        if flags & ~3:
+            raise WasiError("ENOTSUP")
+        socket = self.socket(descriptor)
+        try:
+            views = self.buffers(iovs, count)
+            data = socket.recv(sum(map(len, views)), (2 if flags & 1 else 0) | (0x100 if flags & 2 else 0))
+        finally:
+            socket.close()
+        position = 0
+        for view in views:
+            piece = data[position:position + len(view)]
+            view[:len(piece)] = piece
+            position += len(piece)
+        self.store("I", size, len(data))
+        self.store("H", oflags, 0)
+
+    def sock_send(self, number, iovs, count, flags, size):
+        descriptor = self.descriptor(number, RIGHTS["fd_write"])
+        if flags:
+            raise WasiError("EINVAL")
+        socket = self.socket(descriptor)
+        try:
+            self.store("I", size, socket.send(b"".join(self.buffers(iovs, count)), 0x4000))
+        finally:
+            socket.close()
+
+    def sock_shutdown(self, number, how):
+        descriptor = self.descriptor(number)
+        if descriptor.filetype != 6:
+            raise WasiError("ENOTSOCK")
+        self.descriptor(number, RIGHTS["sock_shutdown"])
+        if how not in (1, 2, 3):
+            raise WasiError("EINVAL")
+        socket = self.socket(descriptor)
+        try:
+            socket.shutdown(how - 1)
+        finally:
+            socket.close()
+
+
+WASI_CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_MONOTONIC, time.CLOCK_PROCESS_CPUTIME_ID, time.CLOCK_THREAD_CPUTIME_ID)
+WASI_ADVICE = (os.POSIX_FADV_NORMAL, os.POSIX_FADV_SEQUENTIAL, os.POSIX_FADV_RANDOM,
+               os.POSIX_FADV_WILLNEED, os.POSIX_FADV_DONTNEED, os.POSIX_FADV_NOREUSE)
+WASI_SIGNALS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 29, 30, 31)
+WASI_FUNCTIONS = {
+    "args_get": "ii", "args_sizes_get": "ii", "environ_get": "ii", "environ_sizes_get": "ii",
+    "clock_res_get": "ii", "clock_time_get": "iIi",
+    "fd_advise": "iIIi", "fd_allocate": "iII", "fd_close": "i", "fd_datasync": "i", "fd_fdstat_get": "ii",
+    "fd_fdstat_set_flags": "ii", "fd_fdstat_set_rights": "iII", "fd_filestat_get": "ii",
+    "fd_filestat_set_size": "iI", "fd_filestat_set_times": "iIIi", "fd_pread": "iiiIi", "fd_prestat_get": "ii",
+    "fd_prestat_dir_name": "iii", "fd_pwrite": "iiiIi", "fd_read": "iiii", "fd_readdir": "iiiIi",
+    "fd_renumber": "ii", "fd_seek": "iIii", "fd_sync": "i", "fd_tell": "ii", "fd_write": "iiii",
+    "path_create_directory": "iii", "path_filestat_get": "iiiii", "path_filestat_set_times": "iiiiIIi",
+    "path_link": "iiiiiii", "path_open": "iiiiiIIii", "path_readlink": "iiiiii", "path_remove_directory": "iii",
+    "path_rename": "iiiiii", "path_symlink": "iiiii", "path_unlink_file": "iii",
+    "poll_oneoff": "iiii", "proc_exit": "i", "proc_raise": "i", "sched_yield": "", "random_get": "ii",
+    "sock_accept": "iii", "sock_recv": "iiiiii", "sock_send": "iiiii", "sock_shutdown": "ii",
+}
+
+
+def file_offset(value):
+    """A filesize as off_t; EINVAL where it does not fit."""
+    if value >> 63:
+        raise WasiError("EINVAL")
+    return value
+
+
+def open_flags(fdflags):
+    """open(2)'s flags of WASI's fdflags."""
+    flags = 0
+    for bit, flag in FDFLAGS:
+        if fdflags & bit:
+            flags |= flag
+    return flags
+
+
+def new_times(status, atime, mtime, flags):
+    """(atime, mtime) in ns by fstflags: bit 0 atime, 1 atime now, 2 mtime, 3 mtime now."""
+    if flags > 15 or flags & 3 == 3 or flags & 12 == 12:
+        raise WasiError("EINVAL")
+    now = time.time_ns()
+    return (atime if flags & 1 else now if flags & 2 else status.st_atime_ns,
+            mtime if flags & 4 else now if flags & 8 else status.st_mtime_ns)
+
+
+def directory_entries(fd):
+    """[(name, inode, file type)] of a directory, . and .. first."""
+    inode = os.fstat(fd).st_ino
+    entries = [(b".", inode, DIRECTORY), (b"..", inode, DIRECTORY)]     # above is none of the guest's business
+    with os.scandir(fd) as scan:
+        for entry in scan:
+            type = (DIRECTORY if entry.is_dir(follow_symlinks=False) else SYMBOLIC_LINK if entry.is_symlink()
+                    else REGULAR_FILE if entry.is_file(follow_symlinks=False) else 0)
+            entries.append((os.fsencode(entry.name), entry.inode(), type))
+    return entries
+
+
+def bytes_available(fd):
+    """How many bytes a read would yield: FIONREAD, or what is left of a file."""
+    status = os.fstat(fd)
+    if filetype(status) == REGULAR_FILE:
+        return max(0, status.st_size - os.lseek(fd, 0, os.SEEK_CUR))
+    try:
+        return unpack_u32(fcntl.ioctl(fd, FIONREAD, bytes(4)))[0]
+    except OSError:
+        return 1
+
+
+FIONREAD = 0x541B
+
+
+def forbidden_devices():
+    """The st_dev of every mounted procfs and sysfs (proc_pid_mountinfo(5))."""
+    devices = set()
+    try:
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            for line in mounts:
+                fields = line.split()
+                if fields[fields.index(b"-") + 1] in (b"proc", b"sysfs"):
+                    major, minor = fields[2].split(b":")
+                    devices.add(os.makedev(int(major), int(minor)))
+    except FileNotFoundError:
+        pass                            # no procfs is mounted here: nothing to forbid
+    return devices
+
+
+errno_names = errno.errorcode
+
+
+def run_command(data, arguments, environment, preopens, function="_start", preloads=()):
+    """Runs a WASI command module and returns its exit status: proc_exit's, 0 at the
+    function's return, 134 (128 + SIGABRT, as an aborted program) for a trap. What
+    went wrong is on stderr. `preloads` is a list of (module name, bytes)."""
+    wasi = Wasi(arguments, environment, preopens)
+    imports = {"wasi_snapshot_preview1": wasi.imports(), "wasi_unstable": wasi.imports()}
+    try:
+        for name, module in preloads:
+            imports[name] = Instance(Module(module), imports).exports
+        module = Module(data)
+        if function not in module.exports or module.exports[function][0] != "func":
+            raise Unlinkable("the module exports no function %r%s" % (
+                function, "; name one with --invoke" if function == "_start" else ""))
+        memory = module.exports.get("memory", ("", 0))
+        instance = Instance.__new__(Instance)
+        start, module.start = module.start, None
+        instance.__init__(module, imports)
+        wasi.memory = instance.memories[memory[1]] if instance.memories else Memory()
+        if start is not None:
+            execute_any(instance.functions[start], [])
+        values = execute_any(instance.exports[function], [])
+    except Exit as exit:
+        return exit.args[0] & 0xFF
+    except Trap as trap:
+        report("error: trap: %s" % trap)
+        for depth, place in enumerate(trap.backtrace[:32]):
+            report("  %2d: %s" % (depth, place.name))
+        return 134
+    except (Malformed, Invalid, Unlinkable) as error:
+        report("error: %s: %s" % (error.__class__.__name__.lower(), error))
+        return 134
+    if values:
+        print(*(to_python(t, v) for t, v in zip(instance.exports[function].type.results, values)))
+    return 0
+
+
+def report(text):
+    """One line on stderr, bounded and without control characters."""
+    line = "".join(c if c.isprintable() else "?" for c in text[:1000])
+    try:
+        os.write(2, (line + "\n").encode("utf-8", "replace"))
+    except OSError:
+        pass                            # nobody listens
+
+
+# === 19. Command line =========================================================
+#
+# For people without containerd and for readers. Options end at the module, what
+# follows is the guest's, as with `wasmtime run`.
+
+USAGE = """usage: %s run [OPTION…] MODULE [ARGUMENT…]
+
+Runs a WebAssembly module. The exit status is the guest's; 134 for a trap.
+
+  --dir HOST[::GUEST]   let the guest see a directory (as GUEST)
+  --env NAME=VALUE      set an environment variable of the guest
+  --argv0 NAME          the guest's argument 0 (default: the module's file name)
+  --preload NAME=FILE   satisfy imports from NAME by the module in FILE
+  --invoke NAME         call this export instead of _start
+"""
+
+
+class UsageError(Exception):
+    """The command line is wrong; the text says how to mend it."""
+
+
+def parse_options(words, known):
+    """Splits a command line into ({option: [values]}, rest); options end at the first
+    word that is none."""
+    options = {name: [] for name in known}
+    position = 0
+    while position < len(words) and words[position].startswith("--"):
+        name, equals, value = words[position][2:].partition("=")
+        position += 1
+        if not name:
+            break
+        if name not in known:
+            raise UsageError("unknown option --%s; see --help" % name)
+        if not equals:
+            if position == len(words):
+                raise UsageError("--%s takes a value" % name)
+            value = words[position]
+            position += 1
+        options[name].append(value)
+    return options, words[position:]
+
+
+def map_file(path):
+    """A file's bytes, mapped: pages that nobody reads cost nothing, debug sections above all."""
+    with open(path, "rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+        except (ValueError, OSError):
+            return file.read()          # empty, or not mappable
+
+
+def split_pair(option, text, separator):
+    """'a=b' as ('a', 'b')."""
+    left, found, right = text.partition(separator)
+    if not found or not left:
+        raise UsageError("--%s %s: write it as LEFT%sRIGHT" % (option, text, separator))
+    return left, right
+
+
+def command_run(words):
+    """chibishim run: a module without a container."""
+    options, rest = parse_options(words, ("dir", "env", "argv0", "preload", "invoke"))
+    if not rest:
+        raise UsageError("run needs a MODULE; see --help")
+    path = rest[0]
+    argv0 = options["argv0"][-1] if options["argv0"] else os.path.basename(path)
+    preopens = [(host, guest or host) for host, _, guest in (d.partition("::") for d in options["dir"])]
+    for pair in options["env"]:
+        split_pair("env", pair, "=")
+    preloads = [(name, map_file(file)) for name, file in (split_pair("preload", p, "=") for p in options["preload"])]
+    function = options["invoke"][-1] if options["invoke"] else "_start"
+    return run_command(map_file(path), [argv0] + rest[1:], options["env"], preopens, function, preloads)
+
+
+COMMANDS = {"run": command_run}
+
+
+def main(argv):
+    """The entry point: argv as sys.argv; returns the exit status."""
+    program = os.path.basename(argv[0])
+    words = argv[1:]
+    try:
+        if not words or words[0] in ("--help", "-h", "help") or "--help" in words[1:2]:
+            sys.stdout.write(USAGE % program)
+            return 0 if words else 2
+        if words[0] not in COMMANDS:
+            raise UsageError("unknown command %s; see --help" % words[0])
+        return COMMANDS[words[0]](words[1:])
+    except UsageError as error:
+        report("%s: %s" % (program, error))
+        return 2
+    except OSError as error:
+        report("%s: %s%s" % (program, error.filename + ": " if isinstance(error.filename, str) else "", error.strerror))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
