@@ -1,21 +1,35 @@
 # chibishim: a containerd shim for WebAssembly in one Python module.
 PYTHON ?= python3
+PREFIX ?= /usr/local
 SHARED ?= ../shared
+SHIM   := dist/containerd-shim-chibiwasm-v1
+PEERS  := containerd runc wabt protobuf-compiler
 
-.PHONY: test clean
+.PHONY: all build test install uninstall clean
+
+all build: $(SHIM)
+
+$(SHIM): chibishim.py build_zipapp.py
+	$(PYTHON) build_zipapp.py --output $@
 
 # Sets up what the tests need and runs them. As root on Debian it installs the
 # peers that the tests talk to; elsewhere their tests skip and say so.
-test: .venv/ready
+test: .venv/ready $(SHIM)
 	@if [ "$$(id -u)" != 0 ]; then echo "*** not root: tests that need root will be SKIPPED"; fi
 	SHARED=$(SHARED) .venv/bin/python -m pytest -q -rs tests
 
 .venv/ready:
-	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get -qq update && apt-get -qq install -y python3-venv; }
-	if [ "$$(id -u)" = 0 ] && ! command -v wat2wasm >/dev/null; then apt-get -qq update && apt-get -qq install -y wabt; fi
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v containerd && command -v wat2wasm && command -v protoc && $(PYTHON) -c 'import ensurepip'; } >/dev/null 2>&1; then \
+	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $(PEERS) python3-venv >/dev/null; fi
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip -q install pytest
+	.venv/bin/pip -q install --disable-pip-version-check pytest
 	touch $@
+
+install: $(SHIM)
+	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-chibiwasm-v1
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/containerd-shim-chibiwasm-v1
 
 clean:
 	rm -rf dist .venv

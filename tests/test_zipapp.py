@@ -1,0 +1,53 @@
+"""build_zipapp.py: the archive that is installed."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PYTHONS = [p for p in (shutil.which("python3.%d" % minor) for minor in range(10, 15)) if p and
+           subprocess.run([p, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0]
+
+
+def build(path, *options):
+    subprocess.run([sys.executable, os.path.join(ROOT, "build_zipapp.py"), "--output", str(path), *options],
+                   check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def test_reproducible_byte_for_byte(tmp_path):
+    "P5"
+    first, second = build(tmp_path / "a"), build(tmp_path / "b")
+    assert hashlib.sha256(first.read_bytes()).digest() == hashlib.sha256(second.read_bytes()).digest()
+
+
+def test_the_environment_cannot_inject_code(tmp_path):
+    "P1"
+    for name in "os.py", "chibishim.py", "sitecustomize.py", "struct.py":
+        (tmp_path / name).write_text("import sys; sys.exit('injected')")
+    shim = build(tmp_path / "shim", "--python", os.path.realpath(sys.executable))
+    done = subprocess.run([str(shim), "--help"], cwd=tmp_path, stdout=subprocess.PIPE, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0 and b"usage:" in done.stdout
+
+
+@pytest.mark.parametrize("python", PYTHONS or [sys.executable])
+@pytest.mark.parametrize("options", [(), ("--no-compile",)])
+def test_runs_under_every_python_with_and_without_compiled_code(tmp_path, python, options):
+    shim = build(tmp_path / "shim", *options)
+    done = subprocess.run([python, "-IS", str(shim), "--help"], stdout=subprocess.PIPE)
+    assert done.returncode == 0 and b"usage:" in done.stdout
+
+
+def test_the_interpreter_can_be_named(tmp_path):
+    shim = build(tmp_path / "shim", "--python", "/opt/python/bin/python3", "--no-compile")
+    assert shim.read_bytes().startswith(b"#!/opt/python/bin/python3 -IS\n")
+
+
+def test_an_interpreter_that_is_named_must_be_there(tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "build_zipapp.py"), "--output", str(tmp_path / "shim"),
+                           "--compile-for", "/absent/python3"], stderr=subprocess.PIPE)
+    assert done.returncode != 0 and b"/absent/python3" in done.stderr
