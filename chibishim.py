@@ -4,6 +4,8 @@ The module reads bottom-up: a chapter uses only chapters before it.
 
    1  Errors                  one exception class for each phase
    2  Bytes                   a cursor: LEB128, names, vectors (core spec 5.2)
+   3  Protobuf                message tables, encode, decode
+   4  ttrpc                   frames, requests, responses: bytes in, bytes out
    5  WebAssembly types       value, function, table, memory, global types (2.3)
    6  Instructions            the table: one row per instruction (5.4)
    7  Numerics                integer and float operations (4.3)
@@ -13,7 +15,13 @@ The module reads bottom-up: a chapter uses only chapters before it.
   11  Validation, translation one pass from bytes to basic blocks (3.3, A.3)
   12  Interpreter             the loop that executes blocks (4.4)
   13  WASI                    preview 1: what a guest can do to the world
-  19  Command line            run a module without containerd
+  14  Linux                   system calls that os lacks, mounts, the event loop
+  15  OCI configuration       config.json to a list of set-up operations
+  16  Cgroups                 limits, metrics, killing (versions 1 and 2)
+  17  Container process       the operations, the payload, the guest's process
+  18  Task service            what containerd asks of a shim
+  19  Shim process            start, delete, the daemon, events
+  20  Command line            run a module without containerd
 """
 
 import _struct as struct
@@ -147,6 +155,366 @@ class Reader:
     def vector(self, item):
         """vec(B): a count and that many items, each read by `item()`."""
         return [item() for _ in range(self.unsigned())]
+
+
+# === 3. Protobuf ==============================================================
+#
+# containerd speaks protocol buffers. A message here is a dict from field names to
+# values, its shape one row of MESSAGES; `encode` and `decode` know nothing else.
+# The proto3 rules that matter: a field with its default value is absent on the wire,
+# fields may come in any order, the last one wins, unknown ones are skipped.
+# (protobuf.dev/programming-guides/encoding)
+#
+# A field is (number, name, type). Types: the scalars below, the name of another
+# message, or either in a list for a repeated field; map<string, string> is a list
+# of Pair. After `decode` every field of the message is there: 0, False, "", b"", []
+# or, for a message that was absent, None.
+
+
+class ProtobufError(Exception):
+    """The bytes are no message of that type."""
+
+
+VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5                       # wire types
+MAX_VARINT_BYTES = 10
+SCALARS = {                             # type -> (wire type, default)
+    "uint": (VARINT, 0), "int": (VARINT, 0), "bool": (VARINT, False),
+    "string": (LENGTH, ""), "bytes": (LENGTH, b""),
+}
+
+
+def fields(text):
+    """Field rows from 'number name type, …'; a type in brackets is repeated."""
+    rows = []
+    for field in text.split(","):
+        number, name, type = field.split()
+        rows.append((int(number), name, [type[1:-1]] if type[0] == "[" else type))
+    return tuple(rows)
+
+
+MESSAGES = {
+    # google/protobuf, google/rpc
+    "Empty": "",
+    "Any": "1 type_url string, 2 value bytes",
+    "Timestamp": "1 seconds int, 2 nanos int",
+    "Status": "1 code int, 2 message string",
+    "Pair": "1 key string, 2 value string",
+    # ttrpc's envelopes
+    "Request": "1 service string, 2 method string, 3 payload bytes, 4 timeout_nano int, 5 metadata [Pair]",
+    "Response": "1 status Status, 2 payload bytes",
+    # containerd.task.v2 and v3: the same messages
+    "Mount": "1 type string, 2 source string, 3 target string, 4 options [string]",
+    "StateRequest": "1 id string, 2 exec_id string",
+    "StateResponse": "1 id string, 2 bundle string, 3 pid uint, 4 status uint, 5 stdin string, 6 stdout string, "
+                     "7 stderr string, 8 terminal bool, 9 exit_status uint, 10 exited_at Timestamp, 11 exec_id string",
+    "CreateTaskRequest": "1 id string, 2 bundle string, 3 rootfs [Mount], 4 terminal bool, 5 stdin string, 6 stdout string, "
+                         "7 stderr string, 8 checkpoint string, 9 parent_checkpoint string, 10 options Any",
+    "CreateTaskResponse": "1 pid uint",
+    "StartRequest": "1 id string, 2 exec_id string",
+    "StartResponse": "1 pid uint",
+    "DeleteRequest": "1 id string, 2 exec_id string",
+    "DeleteResponse": "1 pid uint, 2 exit_status uint, 3 exited_at Timestamp",
+    "PidsRequest": "1 id string",
+    "ProcessInfo": "1 pid uint, 2 info Any",
+    "PidsResponse": "1 processes [ProcessInfo]",
+    "PauseRequest": "1 id string",
+    "ResumeRequest": "1 id string",
+    "CheckpointTaskRequest": "1 id string, 2 path string, 3 options Any",
+    "KillRequest": "1 id string, 2 exec_id string, 3 signal uint, 4 all bool",
+    "ExecProcessRequest": "1 id string, 2 exec_id string, 3 terminal bool, 4 stdin string, 5 stdout string, 6 stderr string, "
+                          "7 spec Any",
+    "ResizePtyRequest": "1 id string, 2 exec_id string, 3 width uint, 4 height uint",
+    "CloseIORequest": "1 id string, 2 exec_id string, 3 stdin bool",
+    "UpdateTaskRequest": "1 id string, 2 resources Any, 3 annotations [Pair]",
+    "WaitRequest": "1 id string, 2 exec_id string",
+    "WaitResponse": "1 exit_status uint, 2 exited_at Timestamp",
+    "StatsRequest": "1 id string",
+    "StatsResponse": "1 stats Any",
+    "ConnectRequest": "1 id string",
+    "ConnectResponse": "1 shim_pid uint, 2 task_pid uint, 3 version string",
+    "ShutdownRequest": "1 id string, 2 now bool",
+    "ProcessDetails": "1 exec_id string",
+    # containerd.services.events.ttrpc.v1 and containerd.events
+    "ForwardRequest": "1 envelope Envelope",
+    "Envelope": "1 timestamp Timestamp, 2 namespace string, 3 topic string, 4 event Any",
+    "TaskIO": "1 stdin string, 2 stdout string, 3 stderr string, 4 terminal bool",
+    "TaskCreate": "1 container_id string, 2 bundle string, 3 rootfs [Mount], 4 io TaskIO, 5 checkpoint string, 6 pid uint",
+    "TaskStart": "1 container_id string, 2 pid uint",
+    "TaskExit": "1 container_id string, 2 id string, 3 pid uint, 4 exit_status uint, 5 exited_at Timestamp",
+    "TaskDelete": "1 container_id string, 2 pid uint, 3 exit_status uint, 4 exited_at Timestamp, 5 id string",
+    "TaskOOM": "1 container_id string",
+    "TaskExecAdded": "1 container_id string, 2 exec_id string",
+    "TaskExecStarted": "1 container_id string, 2 exec_id string, 3 pid uint",
+    "TaskPaused": "1 container_id string",
+    "TaskResumed": "1 container_id string",
+    # the command line of a shim
+    "BootstrapParams": "1 instance_id string, 2 namespace string, 3 log_level int, 4 containerd_version string, "
+                       "5 containerd_ttrpc_address string, 6 containerd_grpc_address string, 7 containerd_binary string, "
+                       "8 extensions [Extension], 9 socket_dir string",
+    "Extension": "1 value Any",
+    "RuncOptions": "1 no_pivot_root bool, 2 no_new_keyring bool, 3 shim_cgroup string, 4 io_uid uint, 5 io_gid uint, "
+                   "9 systemd_cgroup bool",
+    "RuntimeOptions": "1 type_url string, 2 config_path string, 3 config_body bytes",
+    "RuntimeInfo": "1 name string, 2 version RuntimeVersion, 3 options Any, 4 features Any, 5 annotations [Pair]",
+    "RuntimeVersion": "1 version string, 2 revision string",
+    # io.containerd.cgroups.v2
+    "Metrics": "1 pids PidsStat, 2 cpu CPUStat, 4 memory MemoryStat, 6 io IOStat, 8 memory_events MemoryEvents",
+    "PidsStat": "1 current uint, 2 limit uint",
+    "CPUStat": "1 usage_usec uint, 2 user_usec uint, 3 system_usec uint, 4 nr_periods uint, 5 nr_throttled uint, "
+               "6 throttled_usec uint",
+    "MemoryStat": "1 anon uint, 2 file uint, 3 kernel_stack uint, 4 slab uint, 5 sock uint, 6 shmem uint, 7 file_mapped uint, "
+                  "8 file_dirty uint, 9 file_writeback uint, 10 anon_thp uint, 11 inactive_anon uint, 12 active_anon uint, "
+                  "13 inactive_file uint, 14 active_file uint, 15 unevictable uint, 18 pgfault uint, 19 pgmajfault uint, "
+                  "32 usage uint, 33 usage_limit uint, 34 swap_usage uint, 35 swap_limit uint, 36 max_usage uint",
+    "IOStat": "1 usage [IOEntry]",
+    "IOEntry": "1 major uint, 2 minor uint, 3 rbytes uint, 4 wbytes uint, 5 rios uint, 6 wios uint",
+    "MemoryEvents": "1 low uint, 2 high uint, 3 max uint, 4 oom uint, 5 oom_kill uint",
+}
+
+
+def message_fields(name):
+    """The field rows of a message; its text is parsed at first use."""
+    rows = MESSAGES[name]
+    if rows.__class__ is str:
+        rows = MESSAGES[name] = fields(rows) if rows else ()
+    return rows
+
+
+def varint(value):
+    """Base-128 varint; a negative number takes ten bytes, as two's complement of 64 bits."""
+    value &= MAX_U64
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def encode(name, message):
+    """The bytes of the message `name` with the values of the dict `message`; a key that
+    the message does not have is a KeyError."""
+    out = []
+    given = 0
+    for number, field, type in message_fields(name):
+        value = message.get(field)
+        given += field in message
+        repeated = type.__class__ is list
+        for item in value or () if repeated else () if value is None else (value,):
+            item_type = type[0] if repeated else type
+            wire, default = SCALARS.get(item_type, (LENGTH, None))
+            if item == default and not repeated:
+                continue
+            if wire == VARINT:
+                out += varint(number << 3), varint(item)
+                continue
+            if item_type == "string":
+                item = item.encode("utf-8", "surrogateescape")
+            elif item_type != "bytes":
+                item = encode(item_type, item)
+            out += varint(number << 3 | LENGTH), varint(len(item)), item
+    if given != len(message):
+        raise KeyError("%s has no field %s" % (name, ", ".join(set(message) - {f for _, f, _ in message_fields(name)})))
+    return b"".join(out)
+
+
+def decode(name, data):
+    """The dict of the message `name` in the bytes `data`; ProtobufError if there is none."""
+    rows = message_fields(name)
+    message = {field: [] if type.__class__ is list else SCALARS.get(type, (0, None))[1] for _, field, type in rows}
+    by_number = {number: (field, type) for number, field, type in rows}
+    position = 0
+    while position < len(data):
+        key, position = read_varint(name, data, position)
+        wire = key & 7
+        if not key >> 3:
+            raise ProtobufError("%s: field number 0" % name)
+        if wire == VARINT:
+            value, position = read_varint(name, data, position)
+        else:
+            if wire == LENGTH:
+                size, position = read_varint(name, data, position)
+            elif wire in (FIXED64, FIXED32):
+                size = 8 if wire == FIXED64 else 4
+            else:
+                raise ProtobufError("%s: wire type %d" % (name, wire))
+            value = data[position:position + size]
+            position += size
+            if position > len(data):
+                raise ProtobufError("%s: truncated" % name)
+        if key >> 3 in by_number:
+            field, type = by_number[key >> 3]
+            if type.__class__ is list:
+                message[field].append(field_value(name, field, type[0], wire, value))
+            else:
+                message[field] = field_value(name, field, type, wire, value)
+    return message
+
+
+def read_varint(name, data, position):
+    """(value, next position)"""
+    result = shift = 0
+    for position in range(position, min(position + MAX_VARINT_BYTES, len(data))):
+        byte = data[position]
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if result > MAX_U64:
+                break
+            return result, position + 1
+        shift += 7
+    raise ProtobufError("%s: bad varint" % name)
+
+
+def field_value(name, field, type, wire, value):
+    """The Python value of one field as it was on the wire."""
+    if SCALARS.get(type, (LENGTH,))[0] != wire:
+        raise ProtobufError("%s.%s: wire type %d" % (name, field, wire))
+    if type == "bytes":
+        return bytes(value)
+    if type == "string":
+        try:
+            return str(value, "utf-8")
+        except UnicodeDecodeError:
+            raise ProtobufError("%s.%s: not UTF-8" % (name, field)) from None
+    if type == "bool":
+        return value != 0
+    if type == "int":
+        return value - (1 << 64) if value >> 63 else value
+    return value if type == "uint" else decode(type, value)
+
+
+# === 4. ttrpc =================================================================
+#
+# containerd's lean gRPC (github.com/containerd/ttrpc, PROTOCOL.md). A connection
+# carries frames, each a header and a payload:
+#
+#      0  payload length   4 bytes, big-endian, the header not counted
+#      4  stream id        4 bytes, big-endian; a client's are odd and increase
+#      8  message type     1 request, 2 response, 3 data of a stream
+#      9  flags
+#     10  payload
+#
+# One request frame asks, one response frame with the same stream id answers, in any
+# order. This chapter is bytes in, bytes out; sockets come later.
+
+FRAME_HEADER = struct.Struct(">IIBB")
+MAX_FRAME_BYTES = 4 << 20
+REQUEST, RESPONSE, DATA = 1, 2, 3
+
+(OK, CANCELLED, UNKNOWN_ERROR, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS, PERMISSION_DENIED,
+ RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE, UNIMPLEMENTED, INTERNAL, UNAVAILABLE) = range(15)
+
+
+class RpcError(Exception):
+    """A call failed: `args` is (code, message) as in google.rpc.Status."""
+
+
+class FrameReader:
+    """Cuts a byte stream into frames; holds at most one frame's bytes."""
+
+    __slots__ = ("buffer", "skip")
+
+    def __init__(self):
+        self.buffer = bytearray()
+        self.skip = 0                   # bytes of an oversized payload still to be thrown away
+
+    def feed(self, data):
+        """The frames that `data` completes, as (stream, type, payload length, payload);
+        the payload is None where its length exceeds MAX_FRAME_BYTES."""
+        buffer = self.buffer
+        buffer += data
+        frames = []
+        while True:
+            if self.skip:
+                gone = min(self.skip, len(buffer))
+                del buffer[:gone]
+                self.skip -= gone
+            if self.skip or len(buffer) < FRAME_HEADER.size:
+                return frames
+            size, stream, type, _ = FRAME_HEADER.unpack_from(buffer)
+            if size > MAX_FRAME_BYTES:
+                del buffer[:FRAME_HEADER.size]
+                self.skip = size
+                frames.append((stream, type, size, None))
+                continue
+            if len(buffer) < FRAME_HEADER.size + size:
+                return frames
+            frames.append((stream, type, size, bytes(buffer[FRAME_HEADER.size:FRAME_HEADER.size + size])))
+            del buffer[:FRAME_HEADER.size + size]
+
+
+def frame(stream, type, payload):
+    """The bytes of one frame."""
+    return FRAME_HEADER.pack(len(payload), stream, type, 0) + payload
+
+
+def request_frame(stream, service, method, payload, timeout_s=0, metadata=()):
+    """A client's call; `payload` is the encoded request message."""
+    return frame(stream, REQUEST, encode("Request", {
+        "service": service, "method": method, "payload": payload, "timeout_nano": int(timeout_s * 1e9),
+        "metadata": [{"key": k, "value": v} for k, v in metadata]}))
+
+
+def response_frame(stream, payload):
+    """A server's answer; `payload` is the encoded response message. containerd 1.6 dies
+    of a frame over the limit, so such an answer becomes an error."""
+    body = encode("Response", {"payload": payload})
+    if len(body) > MAX_FRAME_BYTES:
+        return error_frame(stream, RESOURCE_EXHAUSTED, "message length %d exceed maximum message size of %d" % (
+            len(body), MAX_FRAME_BYTES))
+    return frame(stream, RESPONSE, body)
+
+
+def error_frame(stream, code, message):
+    """A server's refusal."""
+    return frame(stream, RESPONSE, encode("Response", {"status": {"code": code, "message": message[:65536]}}))
+
+
+def response_payload(body):
+    """The encoded response message in an answer's payload; RpcError if it is a refusal."""
+    try:
+        response = decode("Response", body)
+    except ProtobufError as error:
+        raise RpcError(INTERNAL, "response: %s" % error) from None
+    status = response["status"]
+    if status and status["code"]:
+        raise RpcError(status["code"], status["message"])
+    return response["payload"]
+
+
+class ServerProtocol:
+    """The server's side of one connection, without the socket."""
+
+    __slots__ = ("reader", "last_stream")
+
+    def __init__(self):
+        self.reader = FrameReader()
+        self.last_stream = 0
+
+    def receive(self, data):
+        """(calls, refusals) for the bytes that came: calls are (stream, service, method,
+        payload), refusals the bytes to send for what is no call."""
+        calls = []
+        refusals = b""
+        for stream, type, size, payload in self.reader.feed(data):
+            if payload is None:
+                refusals += error_frame(stream, RESOURCE_EXHAUSTED, "message length %d exceed maximum message size of %d" % (
+                    size, MAX_FRAME_BYTES))
+            elif type != REQUEST:
+                pass                    # as the Go server: neither an answer nor an error
+            elif not stream & 1:
+                refusals += error_frame(stream, INVALID_ARGUMENT, "StreamID must be odd for client initiated streams")
+            elif stream <= self.last_stream:
+                refusals += error_frame(stream, INVALID_ARGUMENT, "StreamID cannot be re-used and must increment")
+            else:
+                self.last_stream = stream
+                try:
+                    request = decode("Request", payload)
+                except ProtobufError as error:
+                    refusals += error_frame(stream, INVALID_ARGUMENT, "unmarshal request error: %s" % error)
+                    continue
+                calls.append((stream, request["service"], request["method"], request["payload"]))
+        return calls, refusals
 
 
 # === 5. WebAssembly types =====================================================
@@ -3028,7 +3396,7 @@ def run_command(data, arguments, environment, preopens, function="_start", prelo
     try:
         for name, module in preloads:
             imports[name] = Instance(Module(module), imports).exports
-        module = Module(data)
+        module = data if data.__class__ is Module else Module(data)
         if function not in module.exports or module.exports[function][0] != "func":
             raise Unlinkable("the module exports no function %r%s" % (
                 function, "; name one with --invoke" if function == "_start" else ""))
@@ -3064,7 +3432,3120 @@ def report(text):
         pass                            # nobody listens
 
 
-# === 19. Command line =========================================================
+# === 14. Linux ================================================================
+#
+# What the shim asks of the kernel and Python's `os` does not have: a few calls of
+# the C library through _ctypes (the module under ctypes: a sixth of its import
+# time), mount tables, processes, and an event loop. The loop is the program's only
+# thread: a thread next to a fork is a deadlock waiting for its day.
+
+CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
+    0x80, 0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_REMOUNT, MS_MANDLOCK, MS_DIRSYNC = (
+    1, 2, 4, 8, 16, 32, 64, 128)
+MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_REC, MS_SILENT, MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = (
+    1 << 10, 1 << 11, 1 << 12, 1 << 14, 1 << 15, 1 << 17, 1 << 18, 1 << 19, 1 << 20)
+MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_SET_NAME = 36, 38, 47, 15
+PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_CLEAR_ALL = 2, 4
+CAPABILITY_VERSION_3 = 0x20080522
+SYS_OPENAT2 = 437                       # one number on every architecture
+RESOLVE_NO_MAGICLINKS, RESOLVE_IN_ROOT = 0x02, 0x10
+O_PATH = os.O_PATH
+
+SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGTERM, SIGCHLD = 1, 2, 9, 13, 15, 17
+IGNORED_BY_DEFAULT = (17, 18, 23, 28)   # CHLD CONT URG WINCH: signal(7)
+STOPPING = (19, 20, 21, 22)             # STOP TSTP TTIN TTOU
+CAPABILITIES = """CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
+    NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE
+    SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL
+    SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE""".split()
+
+
+class Libc:
+    """Functions of the C library by name: `libc.mount(…)`. Integers and None are passed
+    as C longs, bytes and buffers as pointers; -1 raises OSError named after the call."""
+
+    def __getattr__(self, name):
+        import _ctypes
+
+        long = type("c_long", (_ctypes._SimpleCData,), {"_type_": "l"})
+        prototype = type("CFunction", (_ctypes.CFuncPtr,), {
+            "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO, "_restype_": long})
+        try:
+            function = prototype(_ctypes.dlsym(_ctypes.dlopen(None, 0), name))
+        except OSError:
+            raise OSError(errno.ENOSYS, "the C library has no %s" % name) from None
+
+        def call(*arguments):
+            _ctypes.set_errno(0)
+            result = function(*[long(a or 0) if a is None or a.__class__ is int else a for a in arguments])
+            if result == -1:
+                code = _ctypes.get_errno()
+                raise OSError(code, "%s: %s" % (name, os.strerror(code)))
+            return result
+        setattr(self, name, call)
+        return call
+
+
+libc = Libc()
+
+
+def mount(source, target, type=None, flags=0, data=None):
+    """mount(2); the error names the target."""
+    try:
+        libc.mount(os.fsencode(source or "none"), os.fsencode(target), os.fsencode(type) if type else None, flags,
+                   os.fsencode(data) if data else None)
+    except OSError as error:
+        raise OSError(error.errno, "mount %s at %s: %s" % (source or type, target, os.strerror(error.errno))) from None
+
+
+def umount(target, flags=MNT_DETACH):
+    """umount2(2)"""
+    libc.umount2(os.fsencode(target), flags)
+
+
+def unmount_all(prefix):
+    """Detaches every mount at `prefix` and below, the last one first; none is no error."""
+    for _ in range(64):                 # over-mounts: one layer at each round
+        targets = [m.mountpoint for m in mount_table() if m.mountpoint == prefix or m.mountpoint.startswith(prefix + "/")]
+        if not targets:
+            return
+        for target in reversed(targets):
+            try:
+                umount(target, MNT_DETACH | UMOUNT_NOFOLLOW)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOENT):
+                    raise
+
+
+class MountEntry:
+    """A line of /proc/self/mountinfo: proc_pid_mountinfo(5)."""
+
+    __slots__ = ("root", "mountpoint", "options", "propagation", "type", "super_options")
+
+    def __init__(self, line):
+        left, _, right = line.partition(" - ")
+        left = left.split(" ")
+        self.root, self.mountpoint = unescape(left[3]), unescape(left[4])
+        self.options, self.propagation = left[5].split(","), left[6:]
+        right = right.split(" ")
+        self.type, self.super_options = right[0], right[2].split(",")
+
+
+def unescape(text):
+    """mountinfo writes space, tab, newline and backslash as three octal digits."""
+    if "\\" not in text:
+        return text
+    pieces = text.split("\\")
+    return pieces[0] + "".join(chr(int(p[:3], 8)) + p[3:] for p in pieces[1:])
+
+
+def mount_table():
+    """The mounts of this mount namespace, in the order they were made."""
+    with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+        return [MountEntry(line.rstrip("\n")) for line in file]
+
+
+def process_start_time(pid):
+    """A process's start in clock ticks since boot (field 22 of proc_pid_stat(5)), which
+    with the pid identifies it for ever; None if there is no such process."""
+    try:
+        with open("/proc/%d/stat" % pid) as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, IndexError):
+        return None
+
+
+def read_text(path, default=None):
+    """A small file's text, stripped; the default if it cannot be read."""
+    try:
+        with open(path, errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        if default is None:
+            raise
+        return default
+
+
+def write_text(path, text):
+    """Writes a small file in one write(2), as the kernel's files want it; the error names the file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, os.fsencode(text))
+    except OSError as error:
+        raise OSError(error.errno, "write %r to %s: %s" % (text[:80], path, error.strerror)) from None
+    finally:
+        os.close(fd)
+
+
+def open_in_root(root, path, flags=O_PATH, mode=0):
+    """Opens `path` as a process sees it whose root directory is the descriptor `root`:
+    symlinks and `..` cannot lead out, magic links are refused. openat2(2), or before
+    Linux 5.6 component by component."""
+    name = os.fsencode(path.lstrip("/") or ".")
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    for _ in range(64):                 # EAGAIN: something was renamed on the way
+        try:
+            return libc.syscall(SYS_OPENAT2, root, name, how, len(how))
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EPERM):
+                return walk_in_root(root, path, flags, mode)
+            if error.errno != errno.EAGAIN:
+                raise OSError(error.errno, "open %s in the container: %s" % (path, os.strerror(error.errno))) from None
+    raise OSError(errno.EAGAIN, "open %s in the container: somebody keeps renaming directories" % path)
+
+
+def walk_in_root(root, path, flags=O_PATH, mode=0):
+    """open_in_root without openat2: a descriptor for each directory on the way, so that
+    nothing is looked up twice."""
+    parents = [os.dup(root)]
+    rest = path.split("/")[::-1]
+    links = 0
+    try:
+        while rest:
+            name = rest.pop()
+            if name in ("", "."):
+                continue
+            if name == "..":
+                if len(parents) > 1:
+                    os.close(parents.pop())
+                continue
+            fd = try_open(name, parents[-1])
+            if fd is None:
+                if not rest and flags & os.O_CREAT:
+                    return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=parents[-1])
+                raise OSError(errno.ENOENT, "open %s in the container: %s" % (path, os.strerror(errno.ENOENT)))
+            kind = os.fstat(fd).st_mode & 0o170000
+            if kind == 0o120000:
+                target = os.readlink("", dir_fd=fd)
+                os.close(fd)
+                links += 1
+                if links > MAX_SYMLINKS:
+                    raise OSError(errno.ELOOP, "open %s in the container: %s" % (path, os.strerror(errno.ELOOP)))
+                if target.startswith("/"):
+                    while len(parents) > 1:
+                        os.close(parents.pop())
+                rest += target.split("/")[::-1]
+            elif rest and kind != 0o040000:
+                os.close(fd)
+                raise OSError(errno.ENOTDIR, "open %s in the container: %s" % (path, os.strerror(errno.ENOTDIR)))
+            else:
+                parents.append(fd)
+        if flags & O_PATH:
+            return os.dup(parents[-1])
+        return os.open("/proc/self/fd/%d" % parents[-1], flags & ~os.O_CREAT | os.O_CLOEXEC)
+    finally:
+        for fd in parents:
+            os.close(fd)
+
+
+def try_open(name, directory):
+    """An O_PATH descriptor of the entry itself, or None if there is none."""
+    try:
+        return os.open(name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return None
+
+
+class Loop:
+    """An event loop over epoll(7) whose tasks are generators. A generator yields what it
+    waits for as (what, seconds): `what` is ("r", fd), ("w", fd), an Event or None, and
+    seconds may be None; it receives True when that happened and False after the time."""
+
+    def __init__(self):
+        self.epoll = select.epoll()
+        self.waiting = {}               # fd -> {"r" or "w": resume}
+        self.timers = []                # sorted (time, serial, resume)
+        self.serial = 0
+        self.ready = []                 # (generator, value) to run
+
+    def spawn(self, generator):
+        """Runs a generator from the next turn of the loop on."""
+        self.ready.append((generator, None))
+
+    def run(self, finished):
+        """Turns until the function `finished` returns true."""
+        while True:
+            while self.ready:
+                generator, value = self.ready.pop(0)
+                self.step(generator, value)
+            if finished():
+                return
+            timeout = max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
+            for fd, events in self.epoll.poll(timeout):
+                self.wake(fd, events)
+            while self.timers and self.timers[0][0] <= time.monotonic():
+                self.timers.pop(0)[2](False)
+
+    def step(self, generator, value):
+        """Runs a generator up to its next wait."""
+        try:
+            what, seconds = generator.send(value)
+        except StopIteration:
+            return
+        armed = [True]
+
+        def resume(value):
+            if armed[0]:
+                armed[0] = False
+                self.disarm(what, timer, resume)
+                self.ready.append((generator, value))
+        timer = None
+        if seconds is not None:
+            self.serial += 1
+            timer = (time.monotonic() + seconds, self.serial, resume)
+            self.timers.append(timer)
+            self.timers.sort(key=lambda entry: entry[:2])
+        if what.__class__ is Event:
+            if what.set:
+                resume(True)
+            else:
+                what.waiters.append(resume)
+        elif what is not None:
+            self.watch(what[1], what[0], resume)
+
+    def watch(self, fd, direction, resume):
+        """Has `resume` called once when the descriptor is ready."""
+        slots = self.waiting.setdefault(fd, {})
+        if direction in slots:
+            raise AssertionError("two waits for one descriptor")
+        slots[direction] = resume
+        self.arm(fd, slots, new=len(slots) == 1)
+
+    def arm(self, fd, slots, new=False):
+        """Tells epoll what is waited for."""
+        mask = (select.EPOLLIN if "r" in slots else 0) | (select.EPOLLOUT if "w" in slots else 0)
+        try:
+            if not slots:
+                del self.waiting[fd]
+                self.epoll.unregister(fd)
+            elif new:
+                self.epoll.register(fd, mask)
+            else:
+                self.epoll.modify(fd, mask)
+        except FileNotFoundError:
+            pass                        # closed meanwhile, which removed it
+        except PermissionError:         # a regular file: always ready
+            for resume in list(slots.values()):
+                resume(True)
+
+    def disarm(self, what, timer, resume):
+        """Forgets a wait that is over."""
+        if timer in self.timers:
+            self.timers.remove(timer)
+        if what.__class__ is Event:
+            if resume in what.waiters:
+                what.waiters.remove(resume)
+        elif what is not None and what[0] in self.waiting.get(what[1], ()):
+            slots = self.waiting[what[1]]
+            del slots[what[0]]
+            self.arm(what[1], slots)
+
+    def wake(self, fd, events):
+        """Resumes those that wait for the descriptor; an error or hang-up wakes both sides."""
+        slots = self.waiting.get(fd, {})
+        failed = events & (select.EPOLLERR | select.EPOLLHUP)
+        for direction, bit in (("r", select.EPOLLIN), ("w", select.EPOLLOUT)):
+            if direction in slots and (events & bit or failed):
+                slots[direction](True)
+
+    def forget(self, fd):
+        """To be called before a descriptor is closed: whoever waits for it is resumed."""
+        for resume in list(self.waiting.get(fd, {}).values()):
+            resume(True)
+
+
+class Event:
+    """Something that happens once; any number of tasks may wait for it."""
+
+    __slots__ = ("set", "waiters")
+
+    def __init__(self):
+        self.set = False
+        self.waiters = []
+
+    def happen(self):
+        """Wakes all who wait, now and later."""
+        self.set = True
+        for resume in list(self.waiters):
+            resume(True)
+
+
+def readable(fd, seconds=None):
+    """What a task yields to wait until a read would not block."""
+    return ("r", fd), seconds
+
+
+def writable(fd, seconds=None):
+    """What a task yields to wait until a write would not block."""
+    return ("w", fd), seconds
+
+
+def write_all(fd, data):
+    """A task that writes all of `data` to a non-blocking descriptor; OSError passes."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view):]
+        except BlockingIOError:
+            yield writable(fd)
+
+
+# === 15. OCI configuration ====================================================
+#
+# config.json (OCI runtime specification 1.2) in, a list of set-up operations out.
+# Nothing here touches the system: what will be done to it can be read, and tested,
+# as data. The file is trusted, yet a field of the wrong type is an error that names
+# it, and a restriction that this module cannot apply makes Create fail: to drop it
+# silently would be a vulnerability.
+
+# Every field: its type and what becomes of it. string, int, bool, object, map (of
+# strings), a type in brackets for a list. applied; refused where it asks for
+# something; ignored, because it is cosmetic or asks for nothing on Linux.
+OCI_FIELDS = """
+ociVersion string applied
+hostname string applied
+domainname string applied
+annotations map applied
+root.path string applied
+root.readonly bool applied
+mounts[].destination string applied
+mounts[].type string applied
+mounts[].source string applied
+mounts[].options [string] applied
+mounts[].uidMappings [object] refused
+mounts[].gidMappings [object] refused
+process.terminal bool applied
+process.consoleSize.height int applied
+process.consoleSize.width int applied
+process.cwd string applied
+process.env [string] applied
+process.args [string] applied
+process.commandLine string ignored
+process.user.uid int applied
+process.user.gid int applied
+process.user.umask int applied
+process.user.additionalGids [int] applied
+process.user.username string ignored
+process.rlimits[].type string applied
+process.rlimits[].soft int applied
+process.rlimits[].hard int applied
+process.noNewPrivileges bool applied
+process.oomScoreAdj int applied
+process.capabilities.bounding [string] applied
+process.capabilities.effective [string] applied
+process.capabilities.inheritable [string] applied
+process.capabilities.permitted [string] applied
+process.capabilities.ambient [string] applied
+process.apparmorProfile string refused
+process.selinuxLabel string refused
+process.ioPriority object refused
+process.scheduler object refused
+process.execCPUAffinity object refused
+hooks.prestart[].path string applied
+hooks.prestart[].args [string] applied
+hooks.prestart[].env [string] applied
+hooks.prestart[].timeout int applied
+hooks.createRuntime[].path string applied
+hooks.createRuntime[].args [string] applied
+hooks.createRuntime[].env [string] applied
+hooks.createRuntime[].timeout int applied
+hooks.createContainer[].path string applied
+hooks.createContainer[].args [string] applied
+hooks.createContainer[].env [string] applied
+hooks.createContainer[].timeout int applied
+hooks.startContainer[].path string applied
+hooks.startContainer[].args [string] applied
+hooks.startContainer[].env [string] applied
+hooks.startContainer[].timeout int applied
+hooks.poststart[].path string applied
+hooks.poststart[].args [string] applied
+hooks.poststart[].env [string] applied
+hooks.poststart[].timeout int applied
+hooks.poststop[].path string applied
+hooks.poststop[].args [string] applied
+hooks.poststop[].env [string] applied
+hooks.poststop[].timeout int applied
+linux.uidMappings[].containerID int applied
+linux.uidMappings[].hostID int applied
+linux.uidMappings[].size int applied
+linux.gidMappings[].containerID int applied
+linux.gidMappings[].hostID int applied
+linux.gidMappings[].size int applied
+linux.namespaces[].type string applied
+linux.namespaces[].path string applied
+linux.timeOffsets object refused
+linux.sysctl map applied
+linux.cgroupsPath string applied
+linux.devices[].path string applied
+linux.devices[].type string applied
+linux.devices[].major int applied
+linux.devices[].minor int applied
+linux.devices[].fileMode int applied
+linux.devices[].uid int applied
+linux.devices[].gid int applied
+linux.netDevices object refused
+linux.rootfsPropagation string applied
+linux.maskedPaths [string] applied
+linux.readonlyPaths [string] applied
+linux.mountLabel string refused
+linux.seccomp object refused
+linux.intelRdt object refused
+linux.memoryPolicy object refused
+linux.personality object refused
+linux.resources.devices[].allow bool applied
+linux.resources.devices[].type string applied
+linux.resources.devices[].major int applied
+linux.resources.devices[].minor int applied
+linux.resources.devices[].access string applied
+linux.resources.memory.limit int applied
+linux.resources.memory.reservation int applied
+linux.resources.memory.swap int applied
+linux.resources.memory.kernel int ignored
+linux.resources.memory.kernelTCP int ignored
+linux.resources.memory.swappiness int applied
+linux.resources.memory.disableOOMKiller bool applied
+linux.resources.memory.useHierarchy bool ignored
+linux.resources.memory.checkBeforeUpdate bool ignored
+linux.resources.cpu.shares int applied
+linux.resources.cpu.quota int applied
+linux.resources.cpu.burst int refused
+linux.resources.cpu.period int applied
+linux.resources.cpu.realtimeRuntime int refused
+linux.resources.cpu.realtimePeriod int refused
+linux.resources.cpu.cpus string applied
+linux.resources.cpu.mems string applied
+linux.resources.cpu.idle int refused
+linux.resources.pids.limit int applied
+linux.resources.blockIO.weight int refused
+linux.resources.blockIO.leafWeight int refused
+linux.resources.blockIO.weightDevice [object] refused
+linux.resources.blockIO.throttleReadBpsDevice [object] refused
+linux.resources.blockIO.throttleWriteBpsDevice [object] refused
+linux.resources.blockIO.throttleReadIOPSDevice [object] refused
+linux.resources.blockIO.throttleWriteIOPSDevice [object] refused
+linux.resources.hugepageLimits [object] refused
+linux.resources.network object refused
+linux.resources.rdma object refused
+linux.resources.unified map applied
+solaris object ignored
+windows object ignored
+vm object ignored
+zos object ignored
+"""
+
+JSON_TYPES = {"string": str, "int": int, "bool": bool, "object": dict, "map": dict}
+NAMESPACES = {                          # type -> (flag, file in /proc/PID/ns)
+    "user": (CLONE_NEWUSER, "user"), "pid": (CLONE_NEWPID, "pid"), "network": (CLONE_NEWNET, "net"),
+    "mount": (CLONE_NEWNS, "mnt"), "ipc": (CLONE_NEWIPC, "ipc"), "uts": (CLONE_NEWUTS, "uts"),
+    "cgroup": (CLONE_NEWCGROUP, "cgroup"), "time": (CLONE_NEWTIME, "time"),
+}
+MOUNT_FLAGS = {                         # option -> (set or clear, flag): mount(8)
+    "ro": (1, MS_RDONLY), "rw": (0, MS_RDONLY), "nosuid": (1, MS_NOSUID), "suid": (0, MS_NOSUID),
+    "nodev": (1, MS_NODEV), "dev": (0, MS_NODEV), "noexec": (1, MS_NOEXEC), "exec": (0, MS_NOEXEC),
+    "sync": (1, MS_SYNCHRONOUS), "async": (0, MS_SYNCHRONOUS), "dirsync": (1, MS_DIRSYNC),
+    "mand": (1, MS_MANDLOCK), "nomand": (0, MS_MANDLOCK), "noatime": (1, MS_NOATIME), "atime": (0, MS_NOATIME),
+    "nodiratime": (1, MS_NODIRATIME), "diratime": (0, MS_NODIRATIME), "relatime": (1, MS_RELATIME),
+    "norelatime": (0, MS_RELATIME), "strictatime": (1, MS_STRICTATIME), "nostrictatime": (0, MS_STRICTATIME),
+    "lazytime": (1, MS_LAZYTIME), "nolazytime": (0, MS_LAZYTIME), "silent": (1, MS_SILENT), "loud": (0, MS_SILENT),
+    "bind": (1, MS_BIND), "rbind": (1, MS_BIND | MS_REC), "remount": (1, MS_REMOUNT), "defaults": (1, 0),
+}
+PROPAGATION = {
+    "private": MS_PRIVATE, "rprivate": MS_PRIVATE | MS_REC, "shared": MS_SHARED, "rshared": MS_SHARED | MS_REC,
+    "slave": MS_SLAVE, "rslave": MS_SLAVE | MS_REC, "unbindable": MS_UNBINDABLE, "runbindable": MS_UNBINDABLE | MS_REC,
+}
+REFUSED_MOUNT_OPTIONS = ("idmap", "ridmap", "tmpcopyup", "rro", "loop")
+DEVICE_NODES = (                        # path, type, major, minor: always there
+    ("/dev/null", "c", 1, 3), ("/dev/zero", "c", 1, 5), ("/dev/full", "c", 1, 7),
+    ("/dev/random", "c", 1, 8), ("/dev/urandom", "c", 1, 9), ("/dev/tty", "c", 5, 0),
+)
+DEVICE_LINKS = (
+    ("/proc/self/fd", "/dev/fd"), ("/proc/self/fd/0", "/dev/stdin"), ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"), ("pts/ptmx", "/dev/ptmx"),
+)
+DEVICE_TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}
+RLIMITS = ("CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME").split()
+MAX_ID = (1 << 32) - 2                  # uid_t -1 means "leave as it is"
+
+
+class ConfigError(Exception):
+    """The configuration asks for something impossible; the text names the field."""
+
+
+def parse_json(text, what):
+    """A JSON text's value. The C scanner alone: the json module would import re."""
+    try:
+        from _json import make_scanner
+        value, end = make_scanner(JsonContext)(text.strip(), 0)
+        if end != len(text.strip()):
+            raise ValueError("more text after the value")
+        return value
+    except (ValueError, StopIteration, RecursionError) as error:
+        raise ConfigError("%s: not JSON: %s" % (what, str(error)[:200] or "no value")) from None
+
+
+class JsonContext:
+    """What _json.make_scanner wants to know of a decoder."""
+
+    strict = False
+    object_hook = object_pairs_hook = None
+    parse_float, parse_int, parse_constant = float, int, float
+    memo = {}
+
+
+def check_config(config):
+    """Holds a parsed config.json against OCI_FIELDS: ConfigError for a field of the wrong
+    type or one that is refused. Unknown fields are none of our business, as the
+    specification demands."""
+    check_fields(config, OCI_FIELDS, "", "config.json")
+    process = config.get("process") or {}
+    if not process.get("args"):
+        raise ConfigError("config.json: process.args is empty: nothing to run")
+    if not (process.get("cwd") or "/").startswith("/"):
+        raise ConfigError("config.json: process.cwd %r is not absolute" % process["cwd"])
+    if not (config.get("root") or {}).get("path"):
+        raise ConfigError("config.json: root.path is missing")
+
+
+def check_fields(value, table, prefix, what):
+    """check_config for the rows of the table at `prefix`."""
+    for line in table.strip().splitlines():
+        path, type, fate = line.split(" ")
+        if path.startswith(prefix):
+            check_field(value, path[len(prefix):], type, fate, "%s: %s" % (what, prefix))
+
+
+def check_field(value, path, type, fate, where):
+    """Follows one path of the table through the value, into every element of a list."""
+    name, _, rest = path.partition(".")
+    key = name[:-2] if name.endswith("[]") else name
+    if value.__class__ is not dict:
+        raise ConfigError("%s is %s, not an object" % (where.rstrip(".") or where, value.__class__.__name__))
+    value = value.get(key)
+    where += key
+    if value is None:
+        return
+    if name is not key:
+        if value.__class__ is not list:
+            raise ConfigError("%s is %s, not a list" % (where, value.__class__.__name__))
+        for index, item in enumerate(value):
+            check_field(item, rest, type, fate, "%s[%d]." % (where, index))
+    elif rest:
+        check_field(value, rest, type, fate, where + ".")
+    elif fate == "refused" and value not in ("", [], {}, 0, False):
+        raise ConfigError("%s is not supported, and dropping it silently would be unsafe: remove it from the configuration" % where)
+    elif fate == "applied":
+        check_type(value, type, where)
+
+
+def check_type(value, type, where):
+    """ConfigError if the value is not of the table's type; no string may hold a NUL."""
+    if type.startswith("["):
+        if value.__class__ is not list:
+            raise ConfigError("%s is %s, not a list" % (where, value.__class__.__name__))
+        for index, item in enumerate(value):
+            check_type(item, type[1:-1], "%s[%d]" % (where, index))
+        return
+    if value.__class__ is not JSON_TYPES[type]:
+        raise ConfigError("%s is %s, not %s" % (where, value.__class__.__name__, type))
+    strings = [value] if type == "string" else list(value) + list(value.values()) if type == "map" else ()
+    for text in strings:
+        if text.__class__ is not str or "\0" in text:
+            raise ConfigError("%s holds something that is no string without NUL" % where)
+
+
+def namespaces(config):
+    """{type: path or ""} of the namespaces to join (path) or to create ("")."""
+    found = {}
+    for item in (config.get("linux") or {}).get("namespaces") or ():
+        name = item.get("type") or ""
+        if name not in NAMESPACES:
+            raise ConfigError("config.json: linux.namespaces: unknown type %r" % name)
+        if name in found:
+            raise ConfigError("config.json: linux.namespaces: %s appears twice" % name)
+        found[name] = item.get("path") or ""
+    return found
+
+
+def mount_options(words, where="mount"):
+    """(flags, propagation flags, data) of mount option words."""
+    flags = 0
+    propagation = []
+    data = []
+    for word in words or ():
+        if word in MOUNT_FLAGS:
+            on, flag = MOUNT_FLAGS[word]
+            flags = flags | flag if on else flags & ~flag
+        elif word in PROPAGATION:
+            propagation.append(PROPAGATION[word])
+        elif word in REFUSED_MOUNT_OPTIONS:
+            raise ConfigError("%s: option %s is not supported" % (where, word))
+        elif not word.startswith("X-") and not word.startswith("x-"):
+            data.append(word)
+    return flags, propagation, ",".join(data)
+
+
+def plan(config, bundle, rootfs, user_namespace=False):
+    """The operations, each (name, argument, …) for OPERATIONS, that turn a fresh child
+    of the shim into the container's process, up to the guest's first instruction.
+    `bundle` and `rootfs` are absolute paths; `user_namespace`: we are root in one only."""
+    linux = config.get("linux") or {}
+    process = config.get("process") or {}
+    spaces = namespaces(config)
+    user_namespace = user_namespace or "user" in spaces
+    steps = plan_namespaces(spaces)
+    if "mount" in spaces and not spaces["mount"]:
+        propagation = linux.get("rootfsPropagation") or "rslave"
+        if propagation not in PROPAGATION:
+            raise ConfigError("config.json: linux.rootfsPropagation: unknown value %r" % propagation)
+        steps.append(("prepare_root", rootfs, PROPAGATION[propagation]))
+        steps += plan_mounts(config, bundle)
+        steps += plan_devices(config, user_namespace)
+        steps.append(("hooks", "createContainer"))
+        steps += [("sysctl", name, value) for name, value in sorted((linux.get("sysctl") or {}).items())]
+        steps += [("readonly", path) for path in linux.get("readonlyPaths") or ()]
+        steps += [("mask", path) for path in linux.get("maskedPaths") or ()]
+        if config["root"].get("readonly"):
+            steps.append(("readonly_root", rootfs))
+        steps.append(("pivot_root", rootfs))
+    elif "mount" in spaces:
+        steps.append(("chroot", rootfs))
+    else:
+        raise ConfigError("config.json: linux.namespaces: a container without a mount namespace would share the host's mounts")
+    for name, space in (("hostname", "uts"), ("domainname", "uts")):
+        if config.get(name):
+            if space not in spaces:
+                raise ConfigError("config.json: %s needs an own uts namespace" % name)
+            steps.append((name, config[name]))
+    return steps + plan_process(process)
+
+
+def plan_namespaces(spaces):
+    """Joining and creating namespaces; pid namespaces are the forking parent's business."""
+    steps = []
+    flags = 0
+    for name, path in spaces.items():
+        if name == "pid" or name == "user" and not path:
+            continue
+        if path:
+            steps.insert(0 if name == "user" else len(steps), ("join", path, NAMESPACES[name][0]))
+        else:
+            flags |= NAMESPACES[name][0]
+    if flags:
+        steps.append(("unshare", flags))
+    if "network" in spaces and not spaces["network"]:
+        steps.append(("loopback_up",))
+    return steps
+
+
+def plan_mounts(config, bundle):
+    """config.json's mounts in their order."""
+    steps = []
+    for index, item in enumerate(config.get("mounts") or ()):
+        where = "config.json: mounts[%d]" % index
+        target = item.get("destination") or ""
+        if not target:
+            raise ConfigError("%s.destination is missing" % where)
+        flags, propagation, data = mount_options(item.get("options"), where)
+        type = item.get("type") or ""
+        source = item.get("source") or ""
+        if flags & MS_BIND or type == "bind":
+            flags |= MS_BIND
+            source = os.path.join(bundle, source)
+        if type == "cgroup":
+            steps.append(("mount_cgroup", "/" + target.strip("/"), flags))
+        else:
+            steps.append(("mount", source or type, "/" + target.strip("/"), type, flags, tuple(propagation), data))
+    return steps
+
+
+def plan_devices(config, user_namespace):
+    """/dev: the nodes every container has, those of linux.devices, and the links."""
+    for item in config.get("mounts") or ():
+        if (item.get("destination") or "").rstrip("/") == "/dev" and mount_options(item.get("options"))[0] & MS_BIND:
+            return []                   # somebody else's /dev: hands off
+    steps = []
+    asked = (config.get("linux") or {}).get("devices") or ()
+    for path, kind, major, minor in DEVICE_NODES:
+        if path not in [device.get("path") for device in asked]:
+            steps.append(("device", path, DEVICE_TYPES[kind] | 0o666, major, minor, 0, 0, user_namespace))
+    for index, device in enumerate(asked):
+        kind = DEVICE_TYPES.get(device.get("type"))
+        if kind is None or not (device.get("path") or "").startswith("/"):
+            raise ConfigError("config.json: linux.devices[%d] needs a path and a type of c, b, u or p" % index)
+        mode = device.get("fileMode")
+        steps.append(("device", device["path"], kind | (0o666 if mode is None else mode & 0o7777), device.get("major") or 0,
+                      device.get("minor") or 0, device.get("uid") or 0, device.get("gid") or 0, user_namespace))
+    return steps + [("symlink", target, path) for target, path in DEVICE_LINKS]
+
+
+def plan_process(process):
+    """What the process gives up or takes on, in the one order that works: limits while we
+    are root, the bounding set before the identity, capabilities after it."""
+    steps = []
+    seen = set()
+    for item in process.get("rlimits") or ():
+        name = item.get("type") or ""
+        if name[:7] != "RLIMIT_" or name[7:] not in RLIMITS or name in seen:
+            raise ConfigError("config.json: process.rlimits: %s %r" % ("double" if name in seen else "unknown", name))
+        seen.add(name)
+        steps.append(("rlimit", name, item.get("soft") or 0, item.get("hard") or 0))
+    if process.get("oomScoreAdj") is not None:
+        steps.append(("oom_score_adj", process["oomScoreAdj"]))
+    user = process.get("user") or {}
+    identity = [user.get("uid") or 0, user.get("gid") or 0] + list(user.get("additionalGids") or ())
+    if not all(0 <= number <= MAX_ID for number in identity):
+        raise ConfigError("config.json: process.user: an id is not in 0…%d" % MAX_ID)
+    sets = {name: capability_mask(names) for name, names in (process.get("capabilities") or {}).items()}
+    steps.append(("bounding", sets.get("bounding", 0)))
+    steps.append(("identity", identity[0], identity[1], tuple(identity[2:]), user.get("umask", 0o022)))
+    steps.append(("cwd", process.get("cwd") or "/"))
+    steps.append(("capabilities",) + tuple(sets.get(name, 0) for name in ("effective", "permitted", "inheritable", "ambient")))
+    if process.get("noNewPrivileges"):
+        steps.append(("no_new_privs",))
+    return steps
+
+
+def capability_mask(names):
+    """The bit mask of capability names; a name that is unknown here grants nothing."""
+    return sum(1 << CAPABILITIES.index(name[4:]) for name in set(names or ()) if name[4:] in CAPABILITIES and name[:4] == "CAP_")
+
+
+# === 16. Cgroups ==============================================================
+#
+# A container's control group: one directory in the unified hierarchy (cgroups(7),
+# version 2), or one in each hierarchy of version 1, or both on a hybrid system.
+# Limits are written before any process enters, so they hold before guest code runs.
+
+CGROUP_FS = ("cgroup", "cgroup2")
+# field of linux.resources -> (controller, file of version 1, file of version 2)
+LIMITS = {
+    "memory.limit": ("memory", "memory.limit_in_bytes", "memory.max"),
+    "memory.reservation": ("memory", "memory.soft_limit_in_bytes", "memory.low"),
+    "memory.swap": ("memory", "memory.memsw.limit_in_bytes", "memory.swap.max"),
+    "memory.swappiness": ("memory", "memory.swappiness", None),
+    "memory.disableOOMKiller": ("memory", "memory.oom_control", None),
+    "cpu.shares": ("cpu", "cpu.shares", "cpu.weight"),
+    "cpu.period": ("cpu", "cpu.cfs_period_us", "cpu.max"),
+    "cpu.quota": ("cpu", "cpu.cfs_quota_us", "cpu.max"),
+    "cpu.cpus": ("cpuset", "cpuset.cpus", "cpuset.cpus"),
+    "cpu.mems": ("cpuset", "cpuset.mems", "cpuset.mems"),
+    "pids.limit": ("pids", "pids.max", "pids.max"),
+}
+# what a container may always do with devices, as runc: make any node, open the harmless ones
+DEVICE_RULES = ("c *:* m", "b *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm", "c 5:0 rwm",
+                "c 5:2 rwm", "c 136:* rwm")
+KILL_ROUNDS = 200                       # of 5 ms
+
+
+class Cgroup:
+    """The directories of one container: `directories` maps a controller of version 1, or
+    "" for the unified hierarchy, to a path; two controllers may share one."""
+
+    __slots__ = ("directories",)
+
+    def __init__(self, directories):
+        self.directories = directories
+
+    def paths(self):
+        """Every directory once, the unified one first."""
+        return sorted(set(self.directories.values()), key=lambda path: path != self.directories.get(""))
+
+    def file(self, controller, name):
+        """The path of a controller's file, by version 1 where it is mounted, else in the unified hierarchy."""
+        return os.path.join(self.directories.get(controller) or self.directories.get("", ""), name)
+
+    def create(self):
+        """Makes the directories; a version 1 cpuset starts with its parent's, or nothing could enter."""
+        for path in self.paths():
+            try:
+                os.makedirs(path, 0o755)
+            except FileExistsError:
+                pass
+        if "cpuset" in self.directories:
+            inherit_cpuset(self.directories["cpuset"])
+        if "" in self.directories and not set(self.directories) - {""}:
+            delegate_controllers(self.directories[""])
+
+    def limit(self, resources):
+        """Applies linux.resources; OSError or ConfigError names what could not be."""
+        for name, value in sorted(flatten(resources).items()):
+            if name in LIMITS:
+                self.limit_one(name, value, resources)
+        for name, value in sorted((resources.get("unified") or {}).items()):
+            if "/" in name or "" not in self.directories:
+                raise ConfigError("config.json: linux.resources.unified: %s needs cgroup version 2" % name)
+            write_text(os.path.join(self.directories[""], name), value)
+        if "devices" in resources:
+            self.limit_devices(resources["devices"] or ())
+
+    def limit_one(self, name, value, resources):
+        """One number or list of numbers."""
+        controller, file1, file2 = LIMITS[name]
+        if controller in self.directories:
+            if name == "memory.disableOOMKiller":
+                value = int(value)
+            if value in (None, 0, "") and name != "memory.swappiness":
+                return
+            write_text(os.path.join(self.directories[controller], file1), str(value))
+            return
+        if value in (None, 0, ""):
+            return
+        directory = self.directories.get("")
+        if not directory or file2 is None or not os.path.exists(os.path.join(directory, file2)):
+            raise ConfigError("config.json: linux.resources.%s: no cgroup controller %s here" % (name, controller))
+        write_text(os.path.join(directory, file2), version2_value(name, value, resources))
+
+    def limit_devices(self, rules):
+        """The device allow list: written to version 1's controller; version 2 has none."""
+        if "devices" not in self.directories:
+            if "" in self.directories:
+                attach_device_program(self.directories[""], rules)
+                return
+            raise ConfigError("config.json: linux.resources.devices: no cgroup controller devices here")
+        for rule in rules:
+            for kind in "bc" if rule.get("type") in (None, "", "a") and not is_all(rule) else (rule.get("type") or "a",):
+                text = "a" if is_all(rule) else "%s %s:%s %s" % (
+                    kind, number(rule.get("major")), number(rule.get("minor")), rule.get("access") or "rwm")
+                self.write_device(text, rule.get("allow"))
+        for text in DEVICE_RULES:
+            self.write_device(text, True)
+
+    def write_device(self, text, allow):
+        """One line of the version 1 list."""
+        write_text(os.path.join(self.directories["devices"], "devices.allow" if allow else "devices.deny"), text)
+
+    def enter(self):
+        """Moves the calling process in."""
+        for path in self.paths():
+            write_text(os.path.join(path, "cgroup.procs"), "0")
+
+    def pids(self):
+        """The processes inside, children's groups included, as this pid namespace numbers them."""
+        found = set()
+        for path in self.paths()[:1]:
+            for directory, _, _ in os.walk(path):
+                found.update(int(line) for line in read_text(os.path.join(directory, "cgroup.procs"), "").split())
+        return sorted(found - {0})
+
+    def kill(self):
+        """SIGKILL for all inside; a task that ends when they are gone, or after a second."""
+        for _ in range(KILL_ROUNDS):
+            pids = self.pids()
+            if not pids:
+                return
+            self.freeze(False)
+            for pid in pids:
+                try:
+                    os.kill(pid, SIGKILL)
+                except ProcessLookupError:
+                    pass
+            yield None, 0.005
+
+    def remove(self):
+        """Removes the directories, deepest first; gone ones are no error. True if all are gone."""
+        for path in self.paths():
+            for directory, _, _ in os.walk(path, topdown=False):
+                try:
+                    os.rmdir(directory)
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    return False
+        return True
+
+    def freeze(self, frozen):
+        """Stops or continues every process inside."""
+        if "freezer" in self.directories:
+            write_text(self.file("freezer", "freezer.state"), "FROZEN" if frozen else "THAWED")
+        elif "" in self.directories:
+            write_text(self.file("", "cgroup.freeze"), "1" if frozen else "0")
+
+    def frozen(self):
+        """Whether freeze(True) took hold of all."""
+        if "freezer" in self.directories:
+            return read_text(self.file("freezer", "freezer.state"), "") == "FROZEN"
+        return "frozen 1" in read_text(self.file("", "cgroup.events"), "")
+
+    def oom_kills(self):
+        """How many processes inside the kernel killed for want of memory."""
+        name = "memory.oom_control" if "memory" in self.directories else "memory.events"
+        return key_values(read_text(self.file("memory", name), "")).get("oom_kill", 0)
+
+    def metrics(self):
+        """The dict of an io.containerd.cgroups.v2.Metrics message; every sub-message is there."""
+        return {
+            "pids": {"current": self.value("pids", "pids.current"), "limit": self.value("pids", "pids.max")},
+            "cpu": self.cpu_metrics(), "memory": self.memory_metrics(), "io": {"usage": self.io_metrics()},
+            "memory_events": {"oom_kill": self.oom_kills()},
+        }
+
+    def value(self, controller, name):
+        """A file with one number; "max" is the largest, an absent one 0."""
+        text = read_text(self.file(controller, name), "0")
+        return MAX_U64 if text == "max" else int(text) if text.isdigit() else 0
+
+    def cpu_metrics(self):
+        """CPUStat"""
+        if "cpuacct" not in self.directories:
+            stat = key_values(read_text(self.file("", "cpu.stat"), ""))
+            return {name: stat.get(name, 0) for _, name, _ in message_fields("CPUStat")}
+        tick_usec = 1000000 // os.sysconf("SC_CLK_TCK")
+        stat = key_values(read_text(self.file("cpuacct", "cpuacct.stat"), ""))
+        throttled = key_values(read_text(self.file("cpu", "cpu.stat"), ""))
+        return {"usage_usec": self.value("cpuacct", "cpuacct.usage") // 1000,
+                "user_usec": stat.get("user", 0) * tick_usec, "system_usec": stat.get("system", 0) * tick_usec,
+                "nr_periods": throttled.get("nr_periods", 0), "nr_throttled": throttled.get("nr_throttled", 0),
+                "throttled_usec": throttled.get("throttled_time", 0) // 1000}
+
+    def memory_metrics(self):
+        """MemoryStat"""
+        stat = key_values(read_text(self.file("memory", "memory.stat"), ""))
+        if "memory" not in self.directories:
+            metrics = {name: stat.get(name, 0) for _, name, _ in message_fields("MemoryStat")}
+            names = (("usage", "current"), ("usage_limit", "max"), ("max_usage", "peak"),
+                     ("swap_usage", "swap.current"), ("swap_limit", "swap.max"))
+            metrics.update({name: self.value("", "memory." + file) for name, file in names})
+            return metrics
+        pairs = (("anon", "rss"), ("file", "cache"), ("shmem", "shmem"), ("file_mapped", "mapped_file"),
+                 ("file_dirty", "dirty"), ("file_writeback", "writeback"), ("inactive_anon",) * 2, ("active_anon",) * 2,
+                 ("inactive_file",) * 2, ("active_file",) * 2, ("unevictable",) * 2, ("pgfault",) * 2, ("pgmajfault",) * 2)
+        metrics = {name: stat.get("total_" + old, stat.get(old, 0)) for name, old in pairs}
+        names = (("usage", "usage_in_bytes"), ("usage_limit", "limit_in_bytes"), ("max_usage", "max_usage_in_bytes"))
+        metrics.update({name: self.value("memory", "memory." + file) for name, file in names})
+        return metrics
+
+    def io_metrics(self):
+        """IOEntry messages, one for each block device."""
+        if "blkio" in self.directories:
+            return []                   # version 1 counts only what its throttling sees
+        entries = []
+        for line in read_text(self.file("", "io.stat"), "").splitlines():
+            device, _, rest = line.partition(" ")
+            values = dict(pair.split("=") for pair in rest.split() if "=" in pair)
+            major, _, minor = device.partition(":")
+            entries.append({"major": int(major), "minor": int(minor),
+                            **{name: int(values.get(name, 0)) for name in ("rbytes", "wbytes", "rios", "wios")}})
+        return entries
+
+
+def flatten(resources):
+    """{"memory.limit": 1, …} of the sub-objects of linux.resources."""
+    return {"%s.%s" % (group, name): value for group, values in resources.items() if values.__class__ is dict
+            for name, value in values.items() if value is not None}
+
+
+def key_values(text):
+    """{key: int} of a file of 'key value' lines."""
+    pairs = (line.split(" ") for line in text.splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def number(value):
+    """A device number in the syntax of version 1's list; absent or -1 is any."""
+    return "*" if value is None or value < 0 else str(value)
+
+
+def is_all(rule):
+    """Whether a device rule concerns every device and every access."""
+    return (rule.get("type") in (None, "", "a") and number(rule.get("major")) == number(rule.get("minor")) == "*"
+            and set(rule.get("access") or "rwm") == set("rwm"))
+
+
+def version2_value(name, value, resources):
+    """A version 1 number in version 2's terms (kernel.org, cgroup-v2)."""
+    if name == "cpu.shares":
+        return str(1 + (min(max(value, 2), 262144) - 2) * 9999 // 262142)
+    if name in ("cpu.quota", "cpu.period"):
+        cpu = resources["cpu"]
+        quota = cpu.get("quota") or 0
+        return "%s %d" % (quota if quota > 0 else "max", cpu.get("period") or 100000)
+    if name == "memory.swap" and value > 0:
+        limit = resources["memory"].get("limit") or 0
+        if value < limit:
+            raise ConfigError("config.json: linux.resources.memory.swap is less than memory.limit, which it includes")
+        return str(value - limit)       # version 1 counts memory and swap together
+    return "max" if value.__class__ is int and value < 0 else str(value)
+
+
+def inherit_cpuset(path):
+    """Fills empty cpuset.cpus and cpuset.mems from the parent, from the top down."""
+    parent = os.path.dirname(path)
+    for name in ("cpuset.cpus", "cpuset.mems"):
+        if not read_text(os.path.join(path, name), ""):
+            if not read_text(os.path.join(parent, name), "") and os.path.exists(os.path.join(parent, name)):
+                inherit_cpuset(parent)
+            write_text(os.path.join(path, name), read_text(os.path.join(parent, name)))
+
+
+def delegate_controllers(path):
+    """Enables every controller on the way from the unified root to the group."""
+    parts = []
+    while os.path.exists(os.path.join(os.path.dirname(path), "cgroup.controllers")):
+        path = os.path.dirname(path)
+        parts.append(path)
+    for parent in reversed(parts):
+        for name in read_text(os.path.join(parent, "cgroup.controllers"), "").split():
+            try:
+                write_text(os.path.join(parent, "cgroup.subtree_control"), "+" + name)
+            except OSError:
+                pass                    # in use by processes here, say; limit() reports what is missing
+
+
+def cgroup_mounts(table):
+    """{controller or "": (mount point, root of the mount)} of this system."""
+    mounts = {}
+    for entry in table:
+        if entry.type == "cgroup2":
+            mounts.setdefault("", (entry.mountpoint, entry.root))
+        elif entry.type == "cgroup":
+            for option in entry.super_options:
+                if option in ("rw", "ro") or "=" in option and not option.startswith("name="):
+                    continue
+                mounts.setdefault(option, (entry.mountpoint, entry.root))
+    return {name: place for name, place in mounts.items() if name not in ("xattr", "noprefix", "clone_children")}
+
+
+def cgroup_of(cgroups_path, id, mounts):
+    """The Cgroup for linux.cgroupsPath: absolute below each mount point, or systemd's
+    slice:prefix:name, spelled out as systemd would."""
+    path = cgroups_path or "/" + id
+    if path.count(":") == 2:
+        slice, prefix, name = path.split(":")
+        parts = (slice or "system.slice")[:-len(".slice")].split("-")
+        slices = ["-".join(parts[:n]) + ".slice" for n in range(1, len(parts) + 1)] if parts != [""] else []
+        path = "/".join(slices + [name if name.endswith(".slice") else prefix + "-" + name + ".scope"])
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts or not parts:
+        raise ConfigError("config.json: linux.cgroupsPath %r: no group below the root" % cgroups_path)
+    return Cgroup({name: os.path.join(point, *parts) for name, (point, _) in mounts.items()})
+
+
+# cgroup version 2 has no device list: an eBPF program answers for each access. Its
+# context is {u32 access_type << 16 | device type, u32 major, u32 minor}; it returns
+# 1 to allow (bpf(2); kernel.org, cgroup-v2, Device controller).
+
+SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "armv6l": 386, "i686": 357, "s390x": 351,
+           "ppc64le": 361, "loongarch64": 280}
+BPF_PROG_LOAD, BPF_PROG_ATTACH = 5, 8
+BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI = 15, 6, 2
+BPF_DEVCG = {"b": 1, "c": 2, "m": 1, "r": 2, "w": 4}                # device types; accesses
+BPF_LDX_W, BPF_MOV_K, BPF_MOV, BPF_AND_K, BPF_RSH_K, BPF_JNE_K, BPF_JNE, BPF_EXIT = (
+    0x61, 0xB7, 0xBF, 0x57, 0x77, 0x55, 0x5D, 0x95)
+
+
+def device_program(rules):
+    """The eBPF program, as bytes, of OCI device rules: the last rule that matches decides."""
+    def instruction(code, destination=0, source=0, offset=0, immediate=0):
+        return struct.pack("=BBhi", code, source << 4 | destination, offset, immediate)
+    # r2 type, r3 access, r4 major, r5 minor
+    out = [instruction(BPF_LDX_W, 2, 1, 0), instruction(BPF_MOV, 3, 2), instruction(BPF_AND_K, 2, immediate=0xFFFF),
+           instruction(BPF_RSH_K, 3, immediate=16), instruction(BPF_LDX_W, 4, 1, 4), instruction(BPF_LDX_W, 5, 1, 8)]
+    for rule in reversed(list(rules)):
+        tests = []
+        kind = rule.get("type") or "a"
+        if kind != "a":
+            tests.append((2, BPF_DEVCG["c" if kind == "u" else kind]))
+        access = sum(BPF_DEVCG[letter] for letter in set(rule.get("access") or "rwm"))
+        tests += [(register, rule[name]) for register, name in ((4, "major"), (5, "minor")) if number(rule.get(name)) != "*"]
+        body = []
+        if access != 7:                 # every access bit must be one of the rule's
+            body += [(BPF_MOV, 1, 3, 0), (BPF_AND_K, 1, 0, access), (BPF_JNE, 1, 3, None)]
+        body += [(BPF_JNE_K, register, 0, value) for register, value in tests]
+        end = len(body) + 2
+        for index, (code, register, source, value) in enumerate(body):
+            jump = end - index - 1 if code in (BPF_JNE, BPF_JNE_K) else 0
+            out.append(instruction(code, register, source, jump, value or 0))
+        out += [instruction(BPF_MOV_K, 0, immediate=int(bool(rule.get("allow")))), instruction(BPF_EXIT)]
+    return b"".join(out + [instruction(BPF_MOV_K, 0), instruction(BPF_EXIT)])
+
+
+def device_rule(text):
+    """'c 1:3 rwm' as an OCI rule that allows."""
+    kind, numbers, access = text.split(" ")
+    major, minor = (-1 if part == "*" else int(part) for part in numbers.split(":"))
+    return {"allow": True, "type": kind, "major": major, "minor": minor, "access": access}
+
+
+def attach_device_program(directory, rules):
+    """Loads the program of the rules and attaches it to a version 2 group."""
+    import _ctypes
+    call = SYS_BPF.get(os.uname().machine)
+    if call is None:
+        raise ConfigError("config.json: linux.resources.devices: bpf(2) is unknown on %s" % os.uname().machine)
+    program = device_program(list(rules) + [device_rule(text) for text in DEVICE_RULES])
+    memory = mmap.mmap(-1, len(program) + 64)
+    memory[:] = program + b"GPL\0".ljust(64, b"\0")
+    address = buffer_address(memory, _ctypes)
+    load = struct.pack("=IIQQIIQII", BPF_PROG_TYPE_CGROUP_DEVICE, len(program) // 8, address, address + len(program),
+                       0, 0, 0, 0, 0).ljust(120, b"\0")
+    group = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = libc.syscall(call, BPF_PROG_LOAD, load, len(load))
+        attach = struct.pack("=IIII", group, fd, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI).ljust(120, b"\0")
+        try:
+            libc.syscall(call, BPF_PROG_ATTACH, attach, len(attach))
+        finally:
+            os.close(fd)
+    finally:
+        os.close(group)
+
+
+def buffer_address(memory, _ctypes):
+    """The address of a writable buffer; it is valid as long as the buffer lives."""
+    byte = type("c_char", (_ctypes._SimpleCData,), {"_type_": "c"})
+    return _ctypes.addressof(byte.from_buffer(memory))
+
+
+# === 17. Container process ====================================================
+#
+# The child of the shim that becomes the container: it carries out the plan of
+# chapter 15, looks at its payload, says "ready" and waits for Start on a pipe. The
+# shim's death closes the pipe and the kernel kills the child (PR_SET_PDEATHSIG), so
+# no half-made container outlives its shim. What the child sends on the status pipe:
+# b"W" or b"N" (a Wasm or native payload, ready), b"N…" then nothing more at exec, or
+# b"E" and the text of an error.
+
+WASM_MAGIC = b"\0asm"
+WASM_MODULE, WASM_COMPONENT = b"\0asm\1\0\0\0", b"\0asm\x0d\0\1\0"
+SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
+PROC_TARGETS = ("/proc/cpuinfo", "/proc/diskstats", "/proc/meminfo", "/proc/stat", "/proc/swaps", "/proc/uptime",
+                "/proc/loadavg", "/proc/slabinfo", "/proc/net/dev", "/proc/sys/kernel/ns_last_pid", "/proc/sys/crypto/fips_enabled")
+
+
+class ContainerError(Exception):
+    """A step of the set-up failed; the text names the step and the thing."""
+
+
+class Setup:
+    """What the operations share while they run in the child."""
+
+    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits")
+
+    def __init__(self, cgroup, hooks, limits):
+        self.root = -1                  # O_PATH descriptor of the container's root directory
+        self.rootfs = "/"
+        self.cgroup = cgroup
+        self.hooks = hooks              # a function that runs the hooks of a point
+        self.null = -1                  # the host's /dev/null, for masking
+        self.limits = limits            # the resource module, if the plan needs it
+
+
+def perform(steps, setup):
+    """Carries out a plan in the child."""
+    for step in steps:
+        try:
+            OPERATIONS[step[0]](setup, *step[1:])
+        except OSError as error:
+            raise ContainerError("%s: %s" % (step[0].replace("_", " "), error.strerror or error)) from None
+
+
+def do_join(setup, path, flag):
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ContainerError("namespace path %s: %s" % (path, error.strerror)) from None
+    libc.setns(fd, flag)
+    os.close(fd)
+
+
+def do_unshare(setup, flags):
+    libc.unshare(flags)
+
+
+def do_loopback_up(setup):
+    import _socket
+    lo = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
+    request = bytearray(fcntl.ioctl(lo.fileno(), SIOCGIFFLAGS, b"lo".ljust(40, b"\0")))
+    struct.pack_into("=H", request, 16, struct.unpack_from("=H", request, 16)[0] | IFF_UP)
+    fcntl.ioctl(lo.fileno(), SIOCSIFFLAGS, bytes(request))
+    lo.close()
+
+
+def do_prepare_root(setup, rootfs, propagation):
+    """pivot_root(2) wants the new root to be a mount point, and no mount may leak back."""
+    mount(None, "/", None, propagation)
+    for entry in mount_table():         # the mount that holds rootfs must not be shared
+        if (rootfs + "/").startswith(entry.mountpoint.rstrip("/") + "/") and any(o.startswith("shared") for o in entry.propagation):
+            mount(None, entry.mountpoint, None, MS_PRIVATE)
+    mount(rootfs, rootfs, "bind", MS_BIND | MS_REC)
+    setup.rootfs = os.path.realpath(rootfs)
+    setup.root = os.open(rootfs, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    setup.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+
+
+def fd_path(fd):
+    """A path to what a descriptor stands for, for calls that take paths only. The host's
+    /proc is still there: it is the container's that nobody may trust."""
+    return "/proc/self/fd/%d" % fd
+
+
+def inner_path(setup, fd):
+    """The path of a descriptor as seen inside the container."""
+    path = os.readlink(fd_path(fd))
+    return path[len(setup.rootfs.rstrip("/")):] or "/"
+
+
+def ensure(setup, path, directory=True, depth=0):
+    """An O_PATH descriptor of `path` inside the root, made (with its parents) where absent."""
+    try:
+        return open_in_root(setup.root, path)
+    except OSError as error:
+        if error.errno != errno.ENOENT or depth > MAX_SYMLINKS:
+            raise
+    parent = ensure(setup, os.path.dirname(path.rstrip("/")), True, depth + 1)
+    name = os.path.basename(path.rstrip("/"))
+    try:
+        if directory:
+            os.mkdir(name, 0o755, dir_fd=parent)
+        else:
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=parent))
+        return os.open(name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except FileExistsError:             # a symlink to what is not there
+        target = os.readlink(name, dir_fd=parent)
+        return ensure(setup, os.path.join(os.path.dirname(path.rstrip("/")), target), directory, depth + 1)
+    except OSError as error:
+        raise OSError(error.errno, "create %s in the container: %s" % (path, error.strerror)) from None
+    finally:
+        os.close(parent)
+
+
+def check_target(setup, fd, target, type, flags):
+    """CVE-2019-16884 and its kin: nothing may be mounted over parts of /proc, and /proc, /sys
+    must be where they claim to be, not behind a symlink of the image."""
+    inner = inner_path(setup, fd)
+    if type in ("proc", "sysfs") and inner != os.path.normpath(target):
+        raise OSError(errno.EINVAL, "mount %s at %s: a symlink leads to %s" % (type, target, inner))
+    if inner.startswith("/proc/") and inner not in PROC_TARGETS or inner == "/proc" and type != "proc" and not flags & MS_BIND:
+        raise OSError(errno.EPERM, "mount at %s: inside /proc" % target)
+
+
+def do_mount(setup, source, target, type, flags, propagation, data):
+    bind = flags & MS_BIND
+    directory = True
+    if bind:
+        try:
+            directory = os.stat(source).st_mode & 0o170000 == 0o040000
+        except OSError as error:
+            raise OSError(error.errno, "bind mount source %s: %s" % (source, error.strerror)) from None
+    fd = ensure(setup, target, directory)
+    check_target(setup, fd, target, type, flags)
+    if bind:
+        mount(source, fd_path(fd), None, flags & (MS_BIND | MS_REC))
+    else:
+        mount_filesystem(source, fd, target, type, flags, data)
+    os.close(fd)
+    extra = flags & ~(MS_BIND | MS_REC | MS_REMOUNT)
+    if bind and extra or propagation:
+        fd = open_in_root(setup.root, target)       # what lies on top now
+        if bind and extra:
+            remount(fd, MS_BIND | extra)
+        for flag in propagation:
+            mount(None, fd_path(fd), None, flag)
+        os.close(fd)
+
+
+def mount_filesystem(source, fd, target, type, flags, data):
+    """A mount that is no bind mount; the error names the target, not a descriptor."""
+    try:
+        mount(source, fd_path(fd), type, flags, data)
+    except OSError as error:
+        raise OSError(error.errno, "mount %s at %s: %s" % (type, target, os.strerror(error.errno))) from None
+
+
+def remount(fd, flags):
+    """Changes a mount's flags; those that a user namespace locks are kept: mount_namespaces(7)."""
+    path = fd_path(fd)
+    try:
+        mount(None, path, None, MS_REMOUNT | flags)
+    except OSError as error:
+        if error.errno != errno.EPERM:
+            raise
+        old = os.fstatvfs(fd).f_flag
+        for bit, flag in ((1, MS_RDONLY), (2, MS_NOSUID), (4, MS_NODEV), (8, MS_NOEXEC), (1024, MS_NOATIME),
+                          (2048, MS_NODIRATIME), (4096, MS_RELATIME)):
+            flags |= flag if old & bit else 0
+        mount(None, path, None, MS_REMOUNT | flags)
+
+
+def do_mount_cgroup(setup, target, flags):
+    """The container's own groups at /sys/fs/cgroup: the unified one, or a directory of
+    version 1's controllers."""
+    directories = setup.cgroup.directories if setup.cgroup else {}
+    fd = ensure(setup, target)
+    if not directories:
+        raise OSError(errno.ENOENT, "mount cgroup at %s: no cgroup here" % target)
+    if set(directories) == {""}:
+        mount(directories[""], fd_path(fd), None, MS_BIND | MS_REC)
+    else:
+        mount_filesystem("tmpfs", fd, target, "tmpfs", flags & ~(MS_RDONLY | MS_BIND | MS_REC), "mode=755")
+        for controller, directory in directories.items():
+            point = ensure(setup, os.path.join(target, controller.replace("name=", "") or "unified"))
+            mount(directory, fd_path(point), None, MS_BIND | MS_REC)
+            remount_top(setup, os.path.join(target, controller.replace("name=", "") or "unified"), MS_BIND | flags & ~MS_REC)
+            os.close(point)
+    os.close(fd)
+    if flags & MS_RDONLY:
+        remount_top(setup, target, MS_BIND | flags & ~MS_REC)
+
+
+def remount_top(setup, target, flags):
+    """remount for the uppermost mount at a path of the container."""
+    fd = open_in_root(setup.root, target)
+    remount(fd, flags)
+    os.close(fd)
+
+
+def do_device(setup, path, mode, major, minor, uid, gid, user_namespace):
+    """A device node; in a user namespace, where mknod(2) is refused, the host's bind-mounted."""
+    if user_namespace:
+        fd = ensure(setup, path, False)
+        mount(path, fd_path(fd), None, MS_BIND)
+        os.close(fd)
+        return
+    parent = ensure(setup, os.path.dirname(path))
+    name = os.path.basename(path)
+    try:
+        os.mknod(name, mode, os.makedev(major, minor), dir_fd=parent)
+        os.chmod(name, mode & 0o7777, dir_fd=parent)
+        os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+    except FileExistsError:
+        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if status.st_mode & 0o170000 != mode & 0o170000 or status.st_rdev != os.makedev(major, minor):
+            raise OSError(errno.EEXIST, "device %s: the image has something else there" % path) from None
+    finally:
+        os.close(parent)
+
+
+def do_symlink(setup, target, path):
+    parent = ensure(setup, os.path.dirname(path))
+    try:
+        os.symlink(target, os.path.basename(path), dir_fd=parent)
+    except FileExistsError:
+        pass
+    finally:
+        os.close(parent)
+
+
+def do_hooks(setup, point):
+    setup.hooks(point)
+
+
+def do_sysctl(setup, name, value):
+    if ".." in name or name.startswith("/"):
+        raise OSError(errno.EINVAL, "sysctl %s: no such name" % name)
+    write_text("/proc/sys/" + (name if "/" in name else name.replace(".", "/")), value)
+
+
+def open_if_there(setup, path):
+    """open_in_root, None for what is absent."""
+    try:
+        return open_in_root(setup.root, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def do_readonly(setup, path):
+    fd = open_if_there(setup, path)
+    if fd is not None:
+        mount(fd_path(fd), fd_path(fd), None, MS_BIND | MS_REC)
+        os.close(fd)
+        remount_top(setup, path, MS_BIND | MS_RDONLY)
+
+
+def do_mask(setup, path):
+    """Files disappear under /dev/null (the host's, by descriptor: CVE-2025-31133),
+    directories under an empty file system."""
+    fd = open_if_there(setup, path)
+    if fd is None:
+        return
+    if os.fstat(fd).st_mode & 0o170000 == 0o040000:
+        mount("tmpfs", fd_path(fd), "tmpfs", MS_RDONLY, "nr_blocks=1,nr_inodes=1")
+    else:
+        mount(fd_path(setup.null), fd_path(fd), None, MS_BIND)
+    os.close(fd)
+
+
+def do_readonly_root(setup, rootfs):
+    fd = os.open(rootfs, O_PATH | os.O_CLOEXEC)
+    remount(fd, MS_BIND | MS_RDONLY)
+    os.close(fd)
+
+
+def do_pivot_root(setup, rootfs):
+    """The new root on top of the old one, then the old one away: pivot_root(2), NOTES."""
+    old = os.open("/", O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.fchdir(setup.root)
+    libc.pivot_root(b".", b".")
+    os.fchdir(old)
+    mount(None, ".", None, MS_SLAVE | MS_REC)       # so that the unmount stays here
+    umount(".")
+    os.chdir("/")
+    os.close(old)
+
+
+def do_chroot(setup, rootfs):
+    os.chroot(rootfs)
+    os.chdir("/")
+
+
+def do_hostname(setup, name):
+    libc.sethostname(name.encode(), len(name.encode()))
+
+
+def do_domainname(setup, name):
+    libc.setdomainname(name.encode(), len(name.encode()))
+
+
+def do_rlimit(setup, name, soft, hard):
+    try:
+        setup.limits.setrlimit(getattr(setup.limits, name), (to_limit(soft), to_limit(hard)))
+    except (ValueError, AttributeError) as error:
+        raise OSError(errno.EPERM, "%s %d:%d: %s" % (name, soft, hard, error)) from None
+
+
+def to_limit(value):
+    """RLIM_INFINITY is -1 in Python, 2^64-1 in JSON."""
+    return -1 if value >= MAX_U64 >> 1 else value
+
+
+def do_oom_score_adj(setup, value):
+    write_text("/proc/self/oom_score_adj", str(value))
+
+
+def do_bounding(setup, mask):
+    for capability in range(64):
+        if not mask >> capability & 1:
+            try:
+                libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    return              # beyond the kernel's last capability
+                raise
+
+
+def do_identity(setup, uid, gid, groups, umask):
+    libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    for fd in (0, 1, 2):                # so that the guest can open /dev/stdout again
+        status = os.fstat(fd)
+        if uid and status.st_uid != uid and status.st_rdev != os.makedev(1, 3):
+            try:
+                os.fchown(fd, uid, -1)
+            except OSError:
+                pass                    # a read-only or foreign file system: the descriptor still works
+    try:
+        os.setgroups(groups)
+    except PermissionError:
+        if groups:
+            raise                       # a rootless user namespace: setgroups is denied, and nothing was asked
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    libc.prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0)
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    os.umask(umask)
+
+
+def do_cwd(setup, path):
+    try:
+        os.chdir(path)
+    except FileNotFoundError:
+        os.makedirs(path, 0o755, exist_ok=True)
+        os.chdir(path)
+    if not os.getcwd().startswith("/"):
+        raise OSError(errno.EPERM, "cwd %s lies outside the container (CVE-2024-21626)" % path)
+
+
+def do_capabilities(setup, effective, permitted, inheritable, ambient):
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    halves = [[mask >> shift & MAX_U32 for mask in (effective, permitted, inheritable)] for shift in (0, 32)]
+    libc.capset(header, struct.pack("=6I", *halves[0], *halves[1]))
+    libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    for capability in range(64):
+        if ambient >> capability & 1:
+            libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0)
+
+
+def do_no_new_privs(setup):
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+OPERATIONS = {name[3:]: function for name, function in list(globals().items()) if name in (
+    "do_join do_unshare do_loopback_up do_prepare_root do_mount do_mount_cgroup do_device do_symlink do_hooks do_sysctl "
+    "do_readonly do_mask do_readonly_root do_pivot_root do_chroot do_hostname do_domainname do_rlimit do_oom_score_adj "
+    "do_bounding do_identity do_cwd do_capabilities do_no_new_privs").split()}
+
+
+def find_program(name, environment, cwd):
+    """(path, descriptor) of args[0], found as execvp(3) does; ContainerError in runc's words,
+    from which Docker derives exit statuses 126 and 127."""
+    if "/" in name:
+        candidates = [os.path.join(cwd, name)]
+    else:
+        path = next((e[5:] for e in environment if e.startswith("PATH=")), "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        candidates = [os.path.join(cwd, directory, name) for directory in path.split(":")]
+    problem = None
+    for candidate in candidates:
+        try:
+            fd = os.open(candidate, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR) or "/" in name:
+                problem = problem or error
+            continue
+        if os.fstat(fd).st_mode & 0o170000 == 0o100000:
+            return candidate, fd
+        os.close(fd)
+        problem = OSError(errno.EACCES, "is a directory" if os.path.isdir(candidate) else "permission denied")
+    if problem is None:
+        raise ContainerError('exec: "%s": executable file not found in $PATH' % name)
+    raise ContainerError('exec: "%s": %s%s' % (name, "stat %s: " % candidates[0] if problem.errno == errno.ENOENT else "",
+                                               os.strerror(problem.errno).lower()))
+
+
+def load_payload(process):
+    """What args[0] is, by its content: ("wasm", mapped bytes, exported function) or
+    ("native", path)."""
+    name = process["args"][0]
+    environment = process.get("env") or []
+    try:
+        path, fd = find_program(name, environment, process.get("cwd") or "/")
+        function = "_start"
+    except ContainerError:
+        if "#" not in name:
+            raise
+        name, _, function = name.partition("#")
+        path, fd = find_program(name, environment, process.get("cwd") or "/")
+    head = os.pread(fd, 8, 0)
+    if head[:4] == WASM_MAGIC:
+        if head == WASM_COMPONENT:
+            raise ContainerError('exec: "%s": a WebAssembly component; only core modules can run' % name)
+        data = map_descriptor(fd)
+        os.close(fd)
+        return "wasm", data, function
+    os.close(fd)
+    if head.lstrip()[:1] == b"(":
+        raise ContainerError('exec: "%s": WebAssembly text; translate it with wat2wasm' % name)
+    return "native", path, None
+
+
+def map_descriptor(fd):
+    """A file's bytes, mapped: pages that nobody reads cost nothing."""
+    try:
+        return mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+    except (ValueError, OSError):
+        return os.read(fd, os.fstat(fd).st_size)
+
+
+def close_all_but(*keep):
+    """close_range(2) around the descriptors to keep: only those reach the container (N4)."""
+    first = 0
+    for fd in sorted(set(keep)):
+        if first < fd:                  # an empty range would wrap round to all
+            os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, 1 << 20)
+
+
+def reset_signals():
+    """Every signal as a fresh process has it, none blocked. The guest's orphans are reaped
+    by the kernel: nobody in a Wasm container would."""
+    import _signal
+    _signal.set_wakeup_fd(-1)
+    for number in range(1, 65):
+        if number not in (SIGKILL, 19, 32, 33):
+            try:
+                _signal.signal(number, _signal.SIG_DFL)
+            except (OSError, ValueError):
+                pass
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+
+
+def container_child(process, steps, setup, stdio, status, gate, start_hooks, terminal):
+    """The life of the forked child; never returns. `stdio` are three descriptors, `status`
+    the write end of the pipe to the shim, `gate` the read end of the pipe from it."""
+    code = 255
+    try:
+        reset_signals()
+        libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+        os.setsid()
+        for target, fd in enumerate(stdio):
+            os.dup2(fd, target)
+        if terminal:
+            fcntl.ioctl(0, TIOCSCTTY, 0)
+        status, gate = fcntl.fcntl(status, fcntl.F_DUPFD_CLOEXEC, 3), fcntl.fcntl(gate, fcntl.F_DUPFD_CLOEXEC, 3)
+        close_all_but(0, 1, 2, status, gate)
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        if setup.cgroup:
+            setup.cgroup.enter()
+        code = container_main(process, steps, setup, status, gate, start_hooks)
+    except (ContainerError, ConfigError) as error:
+        send_error(status, str(error))
+    except OSError as error:
+        send_error(status, str(error.strerror or error))
+    except Exception as error:          # a defect of this module: named, not hidden
+        send_error(status, "internal error: %s: %s" % (error.__class__.__name__, error))
+    os._exit(code)
+
+
+def send_error(status, text):
+    """Tells the shim; without a shim nobody wants to know."""
+    try:
+        os.write(status, b"E" + text.encode("utf-8", "replace")[:4000])
+    except OSError:
+        pass
+
+
+def container_main(process, steps, setup, status, gate, start_hooks):
+    """Set-up, waiting for Start, and the guest's run; returns the exit status."""
+    perform(steps, setup)
+    kind, program, function = load_payload(process)
+    os.write(status, kind[:1].upper().encode())
+    module = None
+    if kind == "wasm":
+        module = early_module(program)  # while containerd makes up its mind
+    if not os.read(gate, 1):
+        return 255                      # the shim has gone or deletes us
+    start_hooks()
+    environment = process.get("env") or []
+    libc.prctl(PR_SET_PDEATHSIG, 0 if kind == "native" else SIGKILL, 0, 0, 0)
+    if kind == "native":
+        os.execve(program, process["args"], dict(pair.split("=", 1) for pair in environment if "=" in pair))
+    os.close(status)
+    os.close(gate)
+    return run_command(module or program, process["args"], environment, [("/", "/")], function)
+
+
+def early_module(data):
+    """The decoded module; a malformed one is reported at Start, on the guest's stderr."""
+    try:
+        return Module(data)
+    except WasmError:
+        return None
+
+
+TIOCSCTTY, TIOCSWINSZ = 0x540E, 0x5414
+
+
+# === 18. Task service =========================================================
+#
+# containerd.task.v2.Task (v3 is the same) for any number of containers in one shim.
+# A handler is a method with the call's name; it takes the decoded request and returns
+# the response's dict, or it is a generator that waits on the loop first. Its refusals
+# are RpcErrors with the codes that runc's shim uses, for clients act on them.
+
+CREATED, RUNNING, STOPPED, PAUSED = 1, 2, 3, 4
+TASK_METHODS = {                        # method -> (request, response)
+    "State": ("StateRequest", "StateResponse"), "Create": ("CreateTaskRequest", "CreateTaskResponse"),
+    "Start": ("StartRequest", "StartResponse"), "Delete": ("DeleteRequest", "DeleteResponse"),
+    "Pids": ("PidsRequest", "PidsResponse"), "Pause": ("PauseRequest", "Empty"), "Resume": ("ResumeRequest", "Empty"),
+    "Checkpoint": ("CheckpointTaskRequest", "Empty"), "Kill": ("KillRequest", "Empty"),
+    "Exec": ("ExecProcessRequest", "Empty"), "ResizePty": ("ResizePtyRequest", "Empty"),
+    "CloseIO": ("CloseIORequest", "Empty"), "Update": ("UpdateTaskRequest", "Empty"),
+    "Wait": ("WaitRequest", "WaitResponse"), "Stats": ("StatsRequest", "StatsResponse"),
+    "Connect": ("ConnectRequest", "ConnectResponse"), "Shutdown": ("ShutdownRequest", "Empty"),
+}
+# (method, state of the process) that are refused; what is not here is allowed.
+REFUSALS = {
+    ("Start", RUNNING): (FAILED_PRECONDITION, "cannot start a running process"),
+    ("Start", PAUSED): (FAILED_PRECONDITION, "cannot start a paused process"),
+    ("Start", STOPPED): (FAILED_PRECONDITION, "cannot start a stopped process"),
+    ("Delete", RUNNING): (FAILED_PRECONDITION, "cannot delete a running process"),
+    ("Delete", PAUSED): (FAILED_PRECONDITION, "cannot delete a paused process"),
+    ("Kill", STOPPED): (NOT_FOUND, "process already finished"),
+    ("Pause", CREATED): (FAILED_PRECONDITION, "cannot pause a container that was not started"),
+    ("Pause", PAUSED): (FAILED_PRECONDITION, "cannot pause a paused container"),
+    ("Pause", STOPPED): (FAILED_PRECONDITION, "cannot pause a stopped container"),
+    ("Resume", CREATED): (FAILED_PRECONDITION, "cannot resume a container that is not paused"),
+    ("Resume", RUNNING): (FAILED_PRECONDITION, "cannot resume a container that is not paused"),
+    ("Resume", STOPPED): (FAILED_PRECONDITION, "cannot resume a stopped container"),
+    ("Exec", PAUSED): (FAILED_PRECONDITION, "cannot exec in a paused container"),
+    ("Exec", STOPPED): (FAILED_PRECONDITION, "cannot exec in a stopped container"),
+    ("Update", STOPPED): (FAILED_PRECONDITION, "cannot update a stopped container"),
+    ("Stats", STOPPED): (NOT_FOUND, "the container's processes are gone"),
+}
+DRAIN_STALL_S, DRAIN_MAX_S = 0.5, 10
+COPY_BYTES = 65536
+
+
+def timestamp(seconds):
+    """The Timestamp of a time.time()."""
+    return {"seconds": int(seconds), "nanos": int(seconds % 1 * 1e9)}
+
+
+class Process:
+    """The init process of a container, or a further one made by Exec."""
+
+    __slots__ = ("id", "pid", "pidfd", "state", "exit_status", "exited_at", "exited", "io", "spec", "status", "gate",
+                 "kind", "killed", "started")
+
+    def __init__(self, id, io):
+        self.id = id                    # exec id; "" for init
+        self.io = io                    # Stdio
+        self.pid = 0
+        self.pidfd = -1
+        self.state = CREATED
+        self.exit_status = 0
+        self.exited_at = None           # Timestamp
+        self.exited = Event()           # after the state says STOPPED and the output was read
+        self.spec = None                # an exec's OCI process
+        self.status = -1                # read end of the child's status pipe
+        self.gate = -1                  # write end of the pipe that the child waits on
+        self.kind = b""                 # b"W" or b"N"
+        self.killed = 0                 # the signal that SIGKILL stands for
+        self.started = None             # Event: Start, once called, has published its event
+
+    def close(self):
+        """Closes the descriptors that belong to the process's life."""
+        for name in ("pidfd", "status", "gate"):
+            if getattr(self, name) >= 0:
+                os.close(getattr(self, name))
+                setattr(self, name, -1)
+
+
+class Stdio:
+    """The names of a process's streams and the descriptors behind them."""
+
+    def __init__(self, request):
+        self.names = {name: request[name] for name in ("stdin", "stdout", "stderr", "terminal")}
+        self.child = []                 # the child's 0, 1, 2; closed after the fork
+        self.kept = {}                  # path -> read end that outlives a client
+        self.writers = {}               # a terminal's way out
+        self.stdin = -1                 # the fifo's read end
+        self.stdin_writer = -1          # held so that a client's leaving is no end of file
+        self.sink = -1                  # the pipe to the child, or the terminal's master
+        self.master = -1
+        self.copied = Event()           # the terminal's output has been copied
+
+    def open(self):
+        """Opens everything; the error names the stream."""
+        for name in ("stdin", "stdout", "stderr"):
+            try:
+                if self.names["terminal"]:
+                    self.open_terminal(name)
+                elif name == "stdin":
+                    self.open_stdin(self.names[name])
+                else:
+                    self.child.append(self.open_output(self.names[name]))
+            except OSError as error:
+                self.close()
+                raise ContainerError("%s %s: %s" % (name, self.names[name], error.strerror)) from None
+
+    def open_stdin(self, name):
+        """Through a pipe of our own: only so can CloseIO end it."""
+        if not name:
+            self.child.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+            return
+        self.open_source(name)
+        read, self.sink = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self.sink, False)
+        self.child.append(read)
+
+    def open_source(self, name):
+        """Both ends of the client's stdin fifo."""
+        path = stream_path(name)[1]
+        self.stdin = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if os.fstat(self.stdin).st_mode & 0o170000 == 0o010000:
+            self.stdin_writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def open_output(self, name):
+        """A descriptor that the child can write to. For a fifo the read end is kept too, so
+        that the write never blocks at open and a client that goes breaks no pipe."""
+        scheme, path = stream_path(name)
+        if not path:
+            return os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        if scheme == "file":
+            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        if os.stat(path).st_mode & 0o170000 != 0o010000:
+            return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        if path not in self.kept:
+            self.kept[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+
+    def open_terminal(self, name):
+        """A pseudo-terminal for all three; what leaves it goes to stdout's fifo."""
+        if name == "stdin":
+            self.master, slave = os.openpty()
+            os.set_blocking(self.master, False)
+            self.child = [slave, slave, slave]
+            self.sink = self.master
+            if self.names["stdin"]:
+                self.open_source(self.names["stdin"])
+        elif name == "stdout":
+            self.writers["stdout"] = self.open_output(self.names["stdout"])
+            os.set_blocking(self.writers["stdout"], False)
+
+    def forked(self, loop):
+        """The child has its copies: ours go, the copying begins."""
+        for fd in set(self.child):
+            os.close(fd)
+        self.child = []
+        if self.stdin >= 0:
+            loop.spawn(self.copy_stdin(loop))
+        if self.master >= 0:
+            loop.spawn(self.copy_terminal(loop))
+        else:
+            self.copied.happen()
+
+    def copy_stdin(self, loop):
+        """Client to process, until the end of file that CloseIO makes possible."""
+        while self.stdin >= 0 and self.sink >= 0:
+            try:
+                data = os.read(self.stdin, COPY_BYTES)
+                if not data:
+                    break
+                yield from write_all(self.sink, data)
+            except BlockingIOError:
+                yield readable(self.stdin)
+            except OSError:
+                break                   # the process closed its end
+        if self.sink >= 0 and self.sink != self.master:
+            loop.forget(self.sink)
+            os.close(self.sink)
+            self.sink = -1
+
+    def copy_terminal(self, loop):
+        """Terminal to client; EIO says that the last process closed its side: pty(7)."""
+        while self.master >= 0:
+            try:
+                data = os.read(self.master, COPY_BYTES)
+                yield from write_all(self.writers["stdout"], data)
+            except BlockingIOError:
+                yield readable(self.master)
+            except OSError:
+                break
+        self.copied.happen()
+
+    def close_stdin(self, loop):
+        """CloseIO: no more writers but the client, so its end of file arrives."""
+        if self.stdin_writer >= 0:
+            os.close(self.stdin_writer)
+            self.stdin_writer = -1
+
+    def drain(self):
+        """A task that waits until the client has read all output: what is in the fifo when
+        exit is reported is lost. A client that does not read is given half a second."""
+        yield self.copied, 2
+        for name in list(self.writers):
+            os.close(self.writers.pop(name))
+        deadline = time.monotonic() + DRAIN_MAX_S
+        stall, before = time.monotonic() + DRAIN_STALL_S, None
+        while time.monotonic() < deadline:
+            left = sum(bytes_available(fd) for fd in self.kept.values())
+            if not left:
+                return
+            if left != before:
+                stall, before = time.monotonic() + DRAIN_STALL_S, left
+            if time.monotonic() > stall:
+                return
+            yield None, 0.002
+
+    def resize(self, width, height):
+        """TIOCSWINSZ; the kernel tells the processes by SIGWINCH."""
+        if self.master >= 0 and width and height:
+            fcntl.ioctl(self.master, TIOCSWINSZ, struct.pack("=HHHH", height, width, 0, 0))
+
+    def close(self, loop=None):
+        """Closes what is open; the tasks that copy see it."""
+        fds = list(self.child) + list(self.kept.values()) + list(self.writers.values()) + [
+            self.stdin, self.stdin_writer, self.sink, self.master]
+        self.child, self.kept, self.writers = [], {}, {}
+        self.stdin = self.stdin_writer = self.sink = self.master = -1
+        for fd in set(fds) - {-1}:
+            if loop:
+                loop.forget(fd)
+            os.close(fd)
+
+
+def stream_path(name):
+    """(scheme, path) of a stream's name; a bare path is a fifo's."""
+    scheme, found, rest = name.partition("://")
+    if not found:
+        return "fifo", name
+    if scheme not in ("fifo", "file"):
+        raise OSError(errno.EINVAL, "scheme %s is not supported; use a fifo or file://" % scheme)
+    return scheme, rest.partition("?")[0]
+
+
+class Container:
+    """A container: its bundle, its init process, those of Exec, and what must be undone."""
+
+    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "hooks_done", "pause")
+
+    def __init__(self, id, bundle):
+        self.id = id
+        self.bundle = bundle
+        self.config = {}
+        self.rootfs = ""
+        self.mounted = False            # we mounted something at rootfs
+        self.cgroup = None
+        self.init = None
+        self.execs = {}
+        self.hooks_done = False
+        self.pause = False
+
+    def process(self, exec_id):
+        """The process with that exec id; NotFound if there is none."""
+        if not exec_id:
+            return self.init
+        if exec_id not in self.execs:
+            raise RpcError(NOT_FOUND, "process %s: not found" % exec_id)
+        return self.execs[exec_id]
+
+
+class TaskService:
+    """The service. `publish(topic, message name, message)` queues an event."""
+
+    def __init__(self, loop, publish):
+        self.loop = loop
+        self.publish = publish
+        self.containers = {}
+        self.children = {}              # pid -> function(wait status)
+        self.used = False               # a Create has come
+        self.stop = False
+
+    def container(self, id):
+        """The container; NotFound if there is none."""
+        if id not in self.containers:
+            raise RpcError(NOT_FOUND, "container %s: not found" % id)
+        return self.containers[id]
+
+    def find(self, request, method):
+        """(container, process) of a request, if the method may touch it in its state."""
+        container = self.container(request["id"])
+        process = container.process(request.get("exec_id", ""))
+        refusal = REFUSALS.get((method, process.state))
+        if refusal:
+            raise RpcError(refusal[0], "%s: %s" % (request["id"], refusal[1]))
+        return container, process
+
+    # --- life ---
+
+    def Create(self, request):
+        id = request["id"]
+        self.used = True
+        if id in self.containers:
+            raise RpcError(ALREADY_EXISTS, "container %s: already exists" % id)
+        if not valid_id(id):
+            raise RpcError(INVALID_ARGUMENT, "container id %r: use letters, digits, and _ + - . after the first" % id[:100])
+        if request["checkpoint"]:
+            raise RpcError(UNIMPLEMENTED, "restoring a checkpoint is not supported")
+        container = Container(id, request["bundle"])
+        container.init = Process("", Stdio(request))
+        self.containers[id] = container
+        try:
+            yield from self.set_up(container, request["rootfs"])
+        except (ContainerError, ConfigError, OSError) as error:
+            text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+            yield from self.tear_down(container)
+            del self.containers[id]
+            raise RpcError(UNKNOWN_ERROR, "create container %s: %s" % (id, text)) from None
+        names = container.init.io.names
+        self.publish("/tasks/create", "TaskCreate", {
+            "container_id": id, "bundle": container.bundle, "rootfs": request["rootfs"], "io": names, "pid": container.init.pid})
+        return {"pid": container.init.pid}
+
+    def set_up(self, container, rootfs_mounts):
+        """Create's work; whatever fails, tear_down undoes."""
+        bundle = container.bundle
+        container.config = config = read_config(bundle)
+        check_config(config)
+        container.rootfs = os.path.normpath(os.path.join(bundle, config["root"]["path"]))
+        if rootfs_mounts:
+            container.rootfs = os.path.join(bundle, "rootfs")
+            container.mounted = True
+            mount_rootfs(rootfs_mounts, container.rootfs)
+        if not os.path.isdir(container.rootfs):
+            raise ContainerError("rootfs %s: no such directory" % container.rootfs)
+        userns = in_user_namespace()
+        steps = plan(config, bundle, container.rootfs, userns)
+        container.cgroup = self.make_cgroup(container, userns)
+        init = container.init
+        init.io.open()
+        spec = config["process"]
+        size = spec.get("consoleSize") or {}
+        init.io.resize(size.get("width") or 0, size.get("height") or 0)
+        pid_namespace = namespaces(config).get("pid")
+        self.fork(container, init, spec, steps, pid_namespace)
+        record_init(bundle, container)
+        yield from self.run_hooks(container, "prestart", "creating")
+        yield from self.run_hooks(container, "createRuntime", "creating")
+        init.kind = yield from self.read_status(init)
+
+    def make_cgroup(self, container, userns):
+        """The container's Cgroup with its limits in force, or None where a user namespace
+        has no say in such things and nothing was asked."""
+        linux = container.config.get("linux") or {}
+        if userns and not linux.get("cgroupsPath") and not linux.get("resources"):
+            return None
+        cgroup = cgroup_of(linux.get("cgroupsPath"), container.id, cgroup_mounts(mount_table()))
+        container.cgroup = cgroup
+        cgroup.create()
+        cgroup.limit(linux.get("resources") or {})
+        return cgroup
+
+    def fork(self, container, process, spec, steps, pid_namespace):
+        """Forks the child of a process. A new pid namespace is for children only, so it is the
+        shim that unshares it, forks, and returns to its own: pid_namespaces(7)."""
+        limits = None
+        if any(step[0] == "rlimit" for step in steps):
+            import resource as limits
+        libc.prctl(PR_SET_NAME, b"chibishim", 0, 0, 0)      # also loads _ctypes before the fork
+        status, child_status = os.pipe2(os.O_CLOEXEC)
+        child_gate, gate = os.pipe2(os.O_CLOEXEC)
+        own = -1
+        try:
+            if pid_namespace is not None:
+                own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+                if pid_namespace:
+                    do_join(None, pid_namespace, CLONE_NEWPID)
+                else:
+                    libc.unshare(CLONE_NEWPID)
+            pid = os.fork()
+            if not pid:
+                hooks = HookRunner(container, "creating")
+                setup = Setup(container.cgroup, hooks.run, limits)
+                container_child(spec, steps, setup, process.io.child, child_status, child_gate,
+                                lambda: hooks.run("startContainer"), process.io.names["terminal"])
+        finally:
+            if own >= 0:
+                libc.setns(own, CLONE_NEWPID)
+                os.close(own)
+            os.close(child_status)
+            os.close(child_gate)
+        process.pid, process.status, process.gate = pid, status, gate
+        process.pidfd = os.pidfd_open(pid)
+        os.set_blocking(status, False)
+        self.children[pid] = lambda code: self.loop.spawn(self.on_exit(container, process, code))
+        process.io.forked(self.loop)
+
+    def read_status(self, process):
+        """The child's report: b"W" or b"N"; ContainerError with its text if it failed."""
+        data = b""
+        while True:
+            try:
+                piece = os.read(process.status, 4096)
+            except BlockingIOError:
+                yield readable(process.status)
+                continue
+            data += piece
+            if data[:1] in (b"W", b"N") and data[1:2] != b"E":
+                return data[:1]
+            if not piece:
+                if data[:1] == b"E":
+                    raise ContainerError(data[1:].decode("utf-8", "replace"))
+                raise ContainerError("the container's process died before it was ready")
+
+    def run_hooks(self, container, point, state):
+        """Runs the hooks of a point from the shim, in the host's namespaces."""
+        for hook in (container.config.get("hooks") or {}).get(point) or ():
+            yield from run_hook(hook, hook_state(container, state), point, self.children)
+
+    def Start(self, request):
+        container, process = self.find(request, "Start")
+        if process.id:
+            if container.init.state not in (CREATED, RUNNING):
+                raise RpcError(FAILED_PRECONDITION, "%s: the container is not running" % container.id)
+            try:
+                yield from self.start_exec(container, process)
+            except (ContainerError, ConfigError, OSError) as error:
+                process.state = STOPPED
+                process.exit_status, process.exited_at = 255, timestamp(time.time())
+                process.exited.happen()
+                process.io.close(self.loop)
+                raise RpcError(UNKNOWN_ERROR, "exec %s: %s" % (process.id, error)) from None
+        process.state = RUNNING
+        process.started = Event()
+        try:
+            return (yield from self.release(container, process))
+        finally:
+            process.started.happen()
+
+    def release(self, container, process):
+        """Start's second half: the guest runs from here on."""
+        try:
+            os.write(process.gate, b"s")
+        except BrokenPipeError:
+            raise RpcError(FAILED_PRECONDITION, "%s: the process has died" % container.id) from None
+        if process.kind == b"N":
+            yield from self.await_exec(container, process)
+        if process.id:
+            self.publish("/tasks/exec-started", "TaskExecStarted", {
+                "container_id": container.id, "exec_id": process.id, "pid": process.pid})
+        else:
+            self.publish("/tasks/start", "TaskStart", {"container_id": container.id, "pid": process.pid})
+            try:
+                yield from self.run_hooks(container, "poststart", "running")
+            except ContainerError as error:
+                log("poststart: %s" % error)
+        return {"pid": process.pid}
+
+    def await_exec(self, container, process):
+        """A native program's execve(2) closes the status pipe; an error comes through it."""
+        data = b""
+        while True:
+            try:
+                piece = os.read(process.status, 4096)
+            except BlockingIOError:
+                yield readable(process.status)
+                continue
+            data += piece
+            if not piece:
+                break
+        if data[:1] == b"E":
+            raise RpcError(UNKNOWN_ERROR, "start %s: %s" % (container.id, data[1:].decode("utf-8", "replace")))
+
+    def on_exit(self, container, process, code):
+        """A task for the end of a process: its output is read to the end, its state complete,
+        before anybody hears of it; and Start's event goes out first."""
+        if process.started:
+            yield process.started, None
+        status = 128 + (code & 0x7F) if code & 0x7F else code >> 8 & 0xFF
+        if process.killed and status == 128 + SIGKILL:
+            status = 128 + process.killed
+        if not process.id and container.cgroup:
+            if container.cgroup.oom_kills() and status == 128 + SIGKILL and not process.killed:
+                self.publish("/tasks/oom", "TaskOOM", {"container_id": container.id})
+            yield from container.cgroup.kill()
+        exited_at = timestamp(time.time())
+        yield from process.io.drain()
+        process.state = STOPPED
+        process.exit_status, process.exited_at = status, exited_at
+        process.io.close(self.loop)
+        if process.pidfd >= 0:
+            os.close(process.pidfd)
+            process.pidfd = -1
+        if self.containers.get(container.id) is container and container.init.kind:
+            self.publish("/tasks/exit", "TaskExit", {
+                "container_id": container.id, "id": process.id or container.id, "pid": process.pid,
+                "exit_status": status, "exited_at": exited_at})
+        process.exited.happen()
+
+    def Delete(self, request):
+        container, process = self.find(request, "Delete")
+        if process.id:
+            if process.state == CREATED and process.pid:
+                yield from self.kill_and_wait(process)
+            container.execs.pop(process.id, None)
+            process.close()
+            return {"pid": process.pid, "exit_status": process.exit_status, "exited_at": process.exited_at}
+        yield from self.tear_down(container)
+        self.containers.pop(container.id, None)
+        answer = {"pid": process.pid, "exit_status": process.exit_status, "exited_at": process.exited_at}
+        self.publish("/tasks/delete", "TaskDelete", {"container_id": container.id, **answer})
+        return answer
+
+    def kill_and_wait(self, process):
+        """SIGKILL, and until the process is reaped."""
+        send_signal(process, SIGKILL)
+        yield process.exited, 10
+
+    def tear_down(self, container):
+        """Undoes set_up as far as it came: process, cgroup, mounts, descriptors."""
+        for process in [container.init] + list(container.execs.values()):
+            if process.pid and not process.exited.set:
+                yield from self.kill_and_wait(process)
+            process.io.close(self.loop)
+            process.close()
+        if container.cgroup:
+            yield from container.cgroup.kill()
+            for _ in range(100):        # the kernel takes a moment to forget the dead
+                if container.cgroup.remove():
+                    break
+                yield None, 0.01
+        if container.mounted:
+            unmount_all(os.path.join(container.bundle, "rootfs"))
+        try:
+            yield from self.run_hooks(container, "poststop", "stopped")
+        except ContainerError as error:
+            log("poststop: %s" % error)
+
+    # --- questions ---
+
+    def State(self, request):
+        container = self.container(request["id"])
+        process = container.process(request["exec_id"])
+        state = process.state
+        if container.pause and state == RUNNING:
+            state = PAUSED
+        return {"id": container.id, "bundle": container.bundle, "pid": process.pid, "status": state,
+                "exit_status": process.exit_status, "exited_at": process.exited_at, "exec_id": process.id,
+                **process.io.names}
+
+    def Wait(self, request):
+        process = self.container(request["id"]).process(request["exec_id"])
+        yield process.exited, None
+        return {"exit_status": process.exit_status, "exited_at": process.exited_at}
+
+    def Connect(self, request):
+        container = self.containers.get(request["id"])
+        return {"shim_pid": os.getpid(), "task_pid": container.init.pid if container else 0, "version": VERSION}
+
+    def Pids(self, request):
+        container = self.container(request["id"])
+        pids = container.cgroup.pids() if container.cgroup else []
+        leaders = {process.pid: process.id for process in container.execs.values()}
+        answer = [{"pid": pid, "info": any_of("containerd.runc.v1.ProcessDetails", "ProcessDetails", {"exec_id": leaders[pid]})
+                   if pid in leaders else None} for pid in pids]
+        return {"processes": answer or [{"pid": container.init.pid or os.getpid()}]}
+
+    def Stats(self, request):
+        container, _ = self.find(request, "Stats")
+        if not container.cgroup:
+            raise RpcError(NOT_FOUND, "%s: the container has no cgroup" % container.id)
+        return {"stats": any_of("io.containerd.cgroups.v2.Metrics", "Metrics", container.cgroup.metrics())}
+
+    # --- control ---
+
+    def Kill(self, request):
+        container, process = self.find(request, "Kill")
+        signal = request["signal"]
+        if not 0 < signal < 65:
+            raise RpcError(INVALID_ARGUMENT, "signal %d: no such signal" % signal)
+        if process.id and not process.pid:
+            raise RpcError(FAILED_PRECONDITION, "process %s was not started" % process.id)
+        if request["all"] and container.cgroup and not process.id:
+            for pid in container.cgroup.pids():
+                if pid != process.pid:
+                    try:
+                        os.kill(pid, signal)
+                    except ProcessLookupError:
+                        pass
+        if process.kind == b"W" or process.state == CREATED:
+            # WASI has no signals: the default action, which the kernel would withhold
+            # from the init process of a pid namespace.
+            if signal in IGNORED_BY_DEFAULT or signal == 0:
+                return {}
+            if signal not in STOPPING:
+                process.killed = process.killed or signal
+                signal = SIGKILL
+        if not send_signal(process, signal):
+            raise RpcError(NOT_FOUND, "%s: process already finished" % container.id)
+        return {}
+
+    def Pause(self, request):
+        container, process = self.find(request, "Pause")
+        self.freeze(container, True)
+        for _ in range(200):
+            if container.cgroup.frozen():
+                break
+            yield None, 0.005
+        self.publish("/tasks/paused", "TaskPaused", {"container_id": container.id})
+        return {}
+
+    def Resume(self, request):
+        container = self.container(request["id"])
+        if not container.pause:
+            raise RpcError(FAILED_PRECONDITION, "%s: the container is not paused" % container.id)
+        self.freeze(container, False)
+        self.publish("/tasks/resumed", "TaskResumed", {"container_id": container.id})
+        return {}
+
+    def freeze(self, container, frozen):
+        """Pause's and Resume's work."""
+        if not container.cgroup:
+            raise RpcError(FAILED_PRECONDITION, "%s: the container has no cgroup" % container.id)
+        container.cgroup.freeze(frozen)
+        container.pause = frozen
+
+    def CloseIO(self, request):
+        process = self.container(request["id"]).process(request["exec_id"])
+        if request["stdin"]:
+            process.io.close_stdin(self.loop)
+        return {}
+
+    def ResizePty(self, request):
+        self.container(request["id"]).process(request["exec_id"]).io.resize(request["width"] & 0xFFFF, request["height"] & 0xFFFF)
+        return {}
+
+    def Update(self, request):
+        container, _ = self.find(request, "Update")
+        resources = parse_json((request["resources"] or {}).get("value", b"").decode("utf-8", "replace"), "resources")
+        try:
+            check_fields({"linux": {"resources": resources}}, OCI_FIELDS, "", "Update")
+            if not container.cgroup:
+                raise ConfigError("%s: the container has no cgroup" % container.id)
+            container.cgroup.limit(resources)
+        except (ConfigError, OSError) as error:
+            raise RpcError(INVALID_ARGUMENT, str(getattr(error, "strerror", None) or error)) from None
+        return {}
+
+    def Exec(self, request):
+        container = self.find({"id": request["id"]}, "Exec")[0]
+        id = request["exec_id"]
+        if id in container.execs or id == container.id:
+            raise RpcError(ALREADY_EXISTS, "exec id %s: already exists" % id)
+        if not valid_id(id):
+            raise RpcError(INVALID_ARGUMENT, "exec id %r: use letters, digits, and _ + - . after the first" % id[:100])
+        process = Process(id, Stdio(request))
+        process.spec = parse_json((request["spec"] or {}).get("value", b"").decode("utf-8", "replace"), "process")
+        try:
+            check_fields({"process": process.spec}, OCI_FIELDS, "", "Exec")
+        except ConfigError as error:
+            raise RpcError(INVALID_ARGUMENT, str(error)) from None
+        container.execs[id] = process
+        self.publish("/tasks/exec-added", "TaskExecAdded", {"container_id": container.id, "exec_id": id})
+        return {}
+
+    def start_exec(self, container, process):
+        """Forks a process into the container: its namespaces by way of init's."""
+        process.io.open()
+        spaces = [name for name in namespaces(container.config) if name not in ("pid", "user")]
+        spaces.sort(key="mount".__eq__)         # the last one: /proc is needed until then
+        pid = container.init.pid
+        steps = [("join", "/proc/%d/ns/%s" % (pid, NAMESPACES[name][1]), NAMESPACES[name][0]) for name in spaces]
+        steps += plan_process(process.spec)
+        pid_namespace = "/proc/%d/ns/pid" % pid if "pid" in namespaces(container.config) else None
+        self.fork(container, process, process.spec, steps, pid_namespace)
+        process.kind = yield from self.read_status(process)
+
+    def Checkpoint(self, request):
+        raise RpcError(UNIMPLEMENTED, "checkpoint is not supported: a Wasm engine's state is not for CRIU")
+
+    def Shutdown(self, request):
+        if not self.containers:
+            self.stop = True
+        return {}
+
+    def reap(self):
+        """Collects every child that died, our own and those of the containers that fell to
+        us, their subreaper."""
+        while True:
+            try:
+                pid, code = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            handler = self.children.pop(pid, None)
+            if handler:
+                handler(code)
+
+
+def valid_id(id):
+    """Container and exec ids become file names: the rule of containerd's identifiers."""
+    return 0 < len(id) <= 1024 and id[0].isalnum() and all(c.isalnum() and c.isascii() or c in "_+-." for c in id)
+
+
+def any_of(url, name, message):
+    """The Any of a message; the bare name, which old clients can read."""
+    return {"type_url": url, "value": encode(name, message)}
+
+
+def send_signal(process, signal):
+    """Through the pidfd, which can never mean another process. False if it is dead."""
+    import _signal
+    try:
+        _signal.pidfd_send_signal(process.pidfd, signal)
+        return True
+    except (ProcessLookupError, OSError):
+        return False
+
+
+def read_config(bundle):
+    """The parsed config.json of a bundle."""
+    try:
+        with open(os.path.join(bundle, "config.json"), "rb") as file:
+            text = file.read().decode("utf-8", "replace")
+    except OSError as error:
+        raise ContainerError("%s/config.json: %s" % (bundle, error.strerror)) from None
+    config = parse_json(text, "config.json")
+    if config.__class__ is not dict:
+        raise ConfigError("config.json is not an object")
+    return config
+
+
+def mount_rootfs(mounts, rootfs):
+    """The mounts of a Create request, in their order, at the bundle's rootfs."""
+    for item in mounts:
+        flags, propagation, data = mount_options(item["options"], "rootfs")
+        target = os.path.normpath(os.path.join(rootfs, item["target"].lstrip("/"))) if item["target"] else rootfs
+        if target != rootfs and not target.startswith(rootfs + "/"):
+            raise ContainerError("rootfs mount target %s leaves the bundle" % item["target"])
+        if item["type"] == "bind" or flags & MS_BIND:
+            mount(item["source"], target, None, MS_BIND | flags & MS_REC)
+            if flags & ~(MS_BIND | MS_REC):
+                mount(None, target, None, MS_REMOUNT | MS_BIND | flags & ~MS_REC)
+        elif len(data) >= mmap.PAGESIZE - 512:
+            mount_long(item, target, flags, data)
+        else:
+            mount(item["source"], target, item["type"], flags, data)
+        for flag in propagation:
+            mount(None, target, None, flag)
+
+
+def mount_long(item, target, flags, data):
+    """An overlay with more layers than a page of options can name: relative to their common
+    parent, from there."""
+    options = [option.partition("=") for option in data.split(",")]
+    layers = [path for name, _, value in options if name == "lowerdir" for path in value.split(":")]
+    if item["type"] != "overlay" or not layers:
+        raise ContainerError("rootfs mount options are longer than a page")
+    parent = os.path.commonpath(layers)
+    short = ",".join("%s=%s" % (name, ":".join(os.path.relpath(path, parent) for path in value.split(":")) if name == "lowerdir" else value)
+                     if equals else name for name, equals, value in options)
+    before = os.open(".", O_PATH | os.O_CLOEXEC)
+    try:
+        os.chdir(parent)
+        mount(item["source"], target, item["type"], flags, short)
+    finally:
+        os.fchdir(before)
+        os.close(before)
+
+
+def in_user_namespace():
+    """Whether we are root in a user namespace only: user_namespaces(7)."""
+    return read_text("/proc/self/uid_map", "0 0 4294967295").split() != ["0", "0", "4294967295"]
+
+
+def record_init(bundle, container):
+    """Writes what `delete` needs if the shim dies: init's pid and start time, the cgroup's
+    directories. Written before the child does anything that would need undoing."""
+    lines = ["%d %s" % (container.init.pid, process_start_time(container.init.pid))]
+    lines += container.cgroup.paths() if container.cgroup else []
+    write_text(os.path.join(bundle, "init.pid"), "\n".join(lines) + "\n")
+
+
+def hook_state(container, status):
+    """The state of the container as hooks get it on stdin (runtime specification, State)."""
+    return {"ociVersion": container.config.get("ociVersion") or "1.0.2", "id": container.id, "status": status,
+            "pid": container.init.pid or os.getpid(), "bundle": container.bundle,
+            "annotations": container.config.get("annotations") or {}}
+
+
+def spawn_hook(hook, state):
+    """Forks a hook; returns (pid, pidfd). Its stdin is the state, from a file without a name."""
+    import json
+    fd = os.memfd_create("state", 0)
+    os.write(fd, json.dumps(state).encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    pid = os.fork()
+    if not pid:
+        try:
+            reset_signals()
+            os.dup2(fd, 0)
+            null = os.open("/dev/null", os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            close_all_but(0, 1, 2)
+            os.execve(hook["path"], hook.get("args") or [hook["path"]],
+                      dict(pair.split("=", 1) for pair in hook.get("env") or () if "=" in pair))
+        finally:
+            os._exit(127)
+    os.close(fd)
+    return pid, os.pidfd_open(pid)
+
+
+def hook_failed(hook, point, code):
+    """The error of a hook that ended with a wait status, None for success."""
+    if code == 0:
+        return None
+    reason = "timed out" if code is None else "signal %d" % (code & 0x7F) if code & 0x7F else "exit status %d" % (code >> 8)
+    return ContainerError("%s hook %s: %s" % (point, hook["path"], reason))
+
+
+def run_hook(hook, state, point, children):
+    """A task of the shim's loop that runs one hook."""
+    pid, pidfd = spawn_hook(hook, state)
+    done = Event()
+    result = []
+
+    def ended(code):
+        result.append(code)
+        done.happen()
+    children[pid] = ended
+    in_time = yield done, hook.get("timeout") or None
+    if not in_time:
+        os.kill(pid, SIGKILL)
+        yield done, None
+        result[:] = [None]
+    os.close(pidfd)
+    error = hook_failed(hook, point, result[0])
+    if error:
+        raise error
+
+
+class HookRunner:
+    """Runs hooks inside the child, where there is no loop."""
+
+    def __init__(self, container, status):
+        self.container = container
+        self.status = status
+
+    def run(self, point):
+        for hook in (self.container.config.get("hooks") or {}).get(point) or ():
+            pid, pidfd = spawn_hook(hook, hook_state(self.container, self.status))
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            code = None
+            if not poll.poll(hook["timeout"] * 1000 if hook.get("timeout") else None):
+                os.kill(pid, SIGKILL)
+                os.waitpid(pid, 0)
+            else:
+                code = os.waitpid(pid, 0)[1]
+            os.close(pidfd)
+            error = hook_failed(hook, point, code)
+            if error:
+                raise error
+
+
+# === 19. Shim process =========================================================
+#
+# containerd runs the shim as a command: `start` makes the socket, leaves a daemon
+# behind that serves it, and prints the address; `delete` cleans up after a container,
+# whatever became of its daemon; `-info` tells what this is. Standard output and error
+# of `start` are one pipe that containerd reads to its end: a word too much, or a copy
+# left open in the daemon, and Create fails or never returns.
+
+SOCKET_DIRECTORY = "/run/containerd/s"
+MAX_SOCKET_PATH = 106
+GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
+TASK_SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
+EVENT_TYPES = "containerd.events."
+SHIM_FLAGS = ("namespace", "id", "address", "publish-binary", "bundle", "socket", "debug-socket")
+SHIM_SWITCHES = ("debug", "info", "v", "version")
+UNUSED_EXIT_S = 300                     # nobody created a container: containerd has given up
+FLUSH_S = 3
+EVENT_TIMEOUT_S = 5
+MAX_EVENTS = 2048
+MAX_UNSENT_BYTES = 16 << 20
+SO_PEERCRED = 17
+
+
+def log(text):
+    """A line for containerd's log (stderr is the bundle's log fifo), bounded and printable."""
+    report("chibishim: " + text)
+
+
+def parse_flags(words):
+    """Go's flag syntax: one dash or two, `-f v` or `-f=v`; flags end at the first word that
+    is none. Returns ({flag: value or True}, rest)."""
+    flags = {}
+    position = 0
+    while position < len(words) and words[position].startswith("-") and words[position] not in ("-", "--"):
+        name, equals, value = words[position].lstrip("-").partition("=")
+        position += 1
+        if name in SHIM_SWITCHES:
+            flags[name] = value not in ("false", "0", "f", "F", "FALSE", "False")
+        elif name not in SHIM_FLAGS:
+            raise UsageError("flag provided but not defined: -%s" % name)
+        else:
+            if not equals:
+                if position == len(words):
+                    raise UsageError("flag needs an argument: -%s" % name)
+                value = words[position]
+                position += 1
+            flags[name] = value
+    return flags, words[position:]
+
+
+def shim_main(words):
+    """The command line of containerd's shims; returns the exit status."""
+    flags, rest = parse_flags(words)
+    if flags.get("v") or flags.get("version"):
+        sys.stdout.write("containerd-shim-chibiwasm-v1:\n  Version:  %s\n  Python:   %s\n" % (VERSION, sys.version.split()[0]))
+        return 0
+    if flags.get("info"):
+        info = encode("RuntimeInfo", {"name": "io.containerd.chibiwasm.v1", "version": {"version": VERSION}})
+        os.write(1, info)
+        return 0
+    actions = {"start": shim_start, "delete": shim_delete}
+    if rest[:1] and rest[0] in actions:
+        for name in ("namespace", "id") if rest[0] == "delete" else ("namespace", "id", "address"):
+            if not flags.get(name):
+                raise UsageError("%s needs -%s" % (rest[0], name))
+        if not valid_id(flags["id"]):
+            raise UsageError("-id %r is no container id" % flags["id"][:100])
+        return actions[rest[0]](flags)
+    raise UsageError("a shim is started by containerd; see --help for what people can do with it")
+
+
+def read_all(fd):
+    """Everything up to the end of file."""
+    pieces = []
+    while True:
+        piece = os.read(fd, COPY_BYTES)
+        if not piece:
+            return b"".join(pieces)
+        pieces.append(piece)
+
+
+def bootstrap(flags, data):
+    """start's stdin: nothing, an Any with options (up to containerd 2.2), or BootstrapParams,
+    which also parses as an Any and is known by its first two fields. Foreign options are no
+    error."""
+    try:
+        params = decode("BootstrapParams", data)
+    except ProtobufError:
+        return {}
+    return params if params["instance_id"] == flags["id"] and params["namespace"] == flags["namespace"] else {}
+
+
+def group_of(id):
+    """What containers share a shim by: an annotation in the bundle (the working directory),
+    or the container's own id."""
+    try:
+        annotations = read_config(".").get("annotations") or {}
+    except (ContainerError, ConfigError):
+        return id                       # Create will say what is wrong with it
+    return next((annotations[name] for name in GROUP_ANNOTATIONS if annotations.get(name)), id)
+
+
+def socket_path(directory, address, namespace, group):
+    """As containerd's own shims name it, so that one group finds one socket."""
+    import _sha256
+    digest = _sha256.sha256(os.path.normpath("/".join((address, namespace, group))).encode()).hexdigest()
+    path = os.path.join(directory, digest)
+    if len(path) > MAX_SOCKET_PATH:
+        raise ContainerError("socket path %s is longer than %d bytes" % (path, MAX_SOCKET_PATH))
+    return path
+
+
+def listen(path):
+    """A listening socket at the path; None if a live shim has it."""
+    import _socket
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    for _ in range(3):
+        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        try:
+            before = os.umask(0o177)
+            try:
+                listener.bind(path)
+            finally:
+                os.umask(before)
+            listener.listen(128)
+            return listener
+        except OSError as error:
+            listener.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+        probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        try:
+            probe.connect(path)
+            return None
+        except OSError:
+            try:
+                os.unlink(path)         # a dead shim's
+            except FileNotFoundError:
+                pass
+        finally:
+            probe.close()
+    raise ContainerError("socket %s: somebody else keeps taking it" % path)
+
+
+def shim_start(flags):
+    """start: the address on stdout, a daemon behind it."""
+    params = bootstrap(flags, read_all(0))
+    path = socket_path(params.get("socket_dir") or SOCKET_DIRECTORY, flags["address"], flags["namespace"], group_of(flags["id"]))
+    listener = listen(path)
+    if listener:
+        detach(flags, listener, path)
+    write_text("address", "unix://" + path)
+    os.write(1, b"unix://" + path.encode())
+    return 0
+
+
+def detach(flags, listener, path):
+    """Forks the daemon; in the daemon it never returns."""
+    pid = os.fork()
+    if pid:
+        try:
+            parent = int(read_text("/proc/%d/oom_score_adj" % os.getppid(), "0"))
+            write_text("/proc/%d/oom_score_adj" % pid, str(min(parent + 1, 1000)))
+        except OSError as error:
+            pass                        # a word here would be taken for the address
+        return
+    code = 1
+    try:
+        os.setsid()
+        null = os.open("/dev/null", os.O_RDWR)
+        try:
+            stderr = os.open("log", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            stderr = null
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.dup2(stderr, 2)
+        close_all_but(0, 1, 2, listener.fileno())
+        os.chdir("/")
+        Shim(flags, listener, path).serve()
+        code = 0
+    except Exception as error:
+        import traceback
+        for line in traceback.format_exc().splitlines():
+            log(line)
+    finally:
+        os._exit(code)
+
+
+class Shim:
+    """The daemon: sockets on one side, the task service on the other."""
+
+    def __init__(self, flags, listener, path):
+        self.flags = flags
+        self.listener = listener
+        self.path = path
+        self.loop = Loop()
+        self.events = []                # encoded ForwardRequests, the oldest first
+        self.news = Event()
+        self.tasks = TaskService(self.loop, self.publish)
+        self.methods = {(service, method): method for service in TASK_SERVICES for method in TASK_METHODS}
+
+    def serve(self):
+        """Runs until containerd shuts us down or nobody ever wanted us."""
+        import _signal
+        import gc
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        libc.prctl(PR_SET_NAME, b"chibishim", 0, 0, 0)
+        for number in (SIGHUP, SIGINT, SIGTERM, SIGPIPE):
+            _signal.signal(number, _signal.SIG_IGN)
+        wake, poke = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        _signal.signal(SIGCHLD, lambda number, frame: None)
+        _signal.set_wakeup_fd(poke, warn_on_full_buffer=False)
+        self.listener.setblocking(False)
+        self.loop.spawn(self.reap(wake))
+        self.loop.spawn(self.accept())
+        self.loop.spawn(self.send_events())
+        self.loop.spawn(self.give_up())
+        gc.collect()
+        gc.freeze()                     # children share these pages for good
+        self.loop.run(lambda: self.tasks.stop)
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        self.listener.close()
+        deadline = time.monotonic() + FLUSH_S
+        self.loop.spawn(pause_until(deadline))
+        self.loop.run(lambda: not self.events and not self.unsent() or time.monotonic() > deadline)
+
+    def unsent(self):
+        """Whether an answer waits to be written."""
+        return any(connection.out for connection in Connection.open)
+
+    def give_up(self):
+        """A daemon that no Create ever reaches leaks; containerd does not end it."""
+        yield None, UNUSED_EXIT_S
+        if not self.tasks.used:
+            self.tasks.stop = True
+
+    def reap(self, wake):
+        """SIGCHLD arrives as a byte in a pipe."""
+        while True:
+            yield readable(wake)
+            try:
+                os.read(wake, 4096)
+            except BlockingIOError:
+                pass
+            self.tasks.reap()
+
+    def accept(self):
+        """Takes connections; only processes of our own user may talk to us."""
+        import _socket
+        while True:
+            yield readable(self.listener.fileno())
+            try:
+                fd, _ = self.listener._accept()
+            except OSError:
+                continue
+            peer = _socket.socket(fileno=fd)
+            _, uid, _ = struct.unpack("3i", peer.getsockopt(_socket.SOL_SOCKET, SO_PEERCRED, 12))
+            peer.detach()
+            if uid != os.geteuid():
+                os.close(fd)
+                continue
+            os.set_blocking(fd, False)
+            self.loop.spawn(self.converse(Connection(fd, self.loop)))
+
+    def converse(self, connection):
+        """One connection, to its end. Calls run side by side; a slow one stalls no other."""
+        protocol = ServerProtocol()
+        while True:
+            if len(connection.out) > MAX_UNSENT_BYTES:
+                yield connection.drained, None
+            try:
+                data = os.read(connection.fd, COPY_BYTES)
+            except BlockingIOError:
+                yield readable(connection.fd)
+                continue
+            except OSError:
+                data = b""
+            if not data:
+                break
+            calls, refusals = protocol.receive(data)
+            if refusals:
+                connection.send(refusals)
+            for stream, service, method, payload in calls:
+                self.loop.spawn(self.call(connection, stream, service, method, payload))
+        connection.close()
+
+    def call(self, connection, stream, service, method, payload):
+        """One call: decode, handle, answer."""
+        try:
+            if service not in TASK_SERVICES:
+                raise RpcError(UNIMPLEMENTED, "service %s" % service)
+            if method not in TASK_METHODS:
+                raise RpcError(UNIMPLEMENTED, "method %s" % method)
+            request, response = TASK_METHODS[method]
+            answer = getattr(self.tasks, method)(decode(request, payload))
+            if answer.__class__ is not dict:
+                answer = yield from answer
+            body = response_frame(stream, encode(response, answer))
+        except RpcError as error:
+            body = error_frame(stream, *error.args)
+        except ProtobufError as error:
+            body = error_frame(stream, INVALID_ARGUMENT, str(error))
+        except Exception as error:      # a defect here must not leave the client waiting
+            import traceback
+            for line in traceback.format_exc().splitlines():
+                log(line)
+            body = error_frame(stream, INTERNAL, "%s: %s: %s" % (method, error.__class__.__name__, error))
+        connection.send(body)
+        return
+        yield
+
+    def publish(self, topic, name, message):
+        """Queues an event; the oldest one but exits goes when the queue is full."""
+        if len(self.events) >= MAX_EVENTS:
+            del self.events[next((i for i, e in enumerate(self.events) if e[0] != "/tasks/exit"), 0)]
+        event = any_of(EVENT_TYPES + name, name, message)
+        self.events.append((topic, event, encode("ForwardRequest", {"envelope": {
+            "timestamp": timestamp(time.time()), "namespace": self.flags["namespace"], "topic": topic, "event": event}})))
+        self.news.happen()
+
+    def send_events(self):
+        """Delivers events one after the other, each until containerd has it: over ttrpc, once
+        more on a fresh connection, by its publish command, then again after a while."""
+        address = os.environ.get("TTRPC_ADDRESS") or self.flags["address"] + ".ttrpc"
+        client = Client(address)
+        failures = 0
+        while True:
+            if not self.events:
+                self.news = Event()
+                yield self.news, None
+                continue
+            topic, event, request = entry = self.events[0]
+            delivered = yield from self.deliver(client, topic, event, request, failures)
+            if delivered:
+                failures = 0
+                if self.events and self.events[0] is entry:
+                    del self.events[0]
+            else:
+                failures += 1
+                yield None, min(failures * 0.2, 5)
+
+    def deliver(self, client, topic, event, request, failures):
+        """One attempt; True if the event is containerd's now, or nothing can make it so."""
+        for _ in range(2):
+            try:
+                yield from client.call("containerd.services.events.ttrpc.v1.Events", "Forward", request, EVENT_TIMEOUT_S)
+                return True
+            except RpcError as error:
+                if error.args[0] == INVALID_ARGUMENT:
+                    log("event %s refused: %s" % (topic, error.args[1]))
+                    return True
+                client.close()
+            except OSError:
+                client.close()
+        if failures and self.flags.get("publish-binary"):
+            return (yield from self.publish_by_command(topic, event))
+        return False
+
+    def publish_by_command(self, topic, event):
+        """containerd publish: a process for each event, the last resort."""
+        fd = os.memfd_create("event", 0)
+        os.write(fd, encode("Any", event))
+        os.lseek(fd, 0, os.SEEK_SET)
+        words = [self.flags["publish-binary"], "--address", self.flags["address"], "publish", "--topic", topic,
+                 "--namespace", self.flags["namespace"]]
+        pid = os.fork()
+        if not pid:
+            try:
+                reset_signals()
+                os.dup2(fd, 0)
+                close_all_but(0, 1, 2)
+                os.execv(words[0], words)
+            finally:
+                os._exit(127)
+        os.close(fd)
+        done = Event()
+        codes = []
+        self.tasks.children[pid] = lambda code: (codes.append(code), done.happen())
+        if not (yield done, EVENT_TIMEOUT_S):
+            os.kill(pid, SIGKILL)
+            yield done, None
+        return codes == [0]
+
+
+def pause_until(deadline):
+    """A task that makes the loop turn at the deadline, and in between."""
+    while time.monotonic() < deadline:
+        yield None, 0.01
+
+
+class Connection:
+    """The sending half of a connection: bytes leave when the peer takes them."""
+
+    open = set()
+
+    def __init__(self, fd, loop):
+        self.fd = fd
+        self.loop = loop
+        self.out = bytearray()
+        self.drained = Event()
+        Connection.open.add(self)
+
+    def send(self, data):
+        """Writes what goes now and leaves the rest to a task."""
+        if self.fd < 0:
+            return                      # the caller has gone: nobody waits for this
+        idle = not self.out
+        self.out += data
+        if idle:
+            self.flush()
+            if self.out:
+                self.loop.spawn(self.flush_later())
+
+    def flush(self):
+        """Writes until the socket is full."""
+        try:
+            while self.out:
+                del self.out[:os.write(self.fd, self.out)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.out.clear()            # the reader's side will see the end
+        self.drained.happen()
+        self.drained = Event()
+
+    def flush_later(self):
+        """Goes on when the peer has read."""
+        while self.out and self.fd >= 0:
+            yield writable(self.fd)
+            if self.fd >= 0:
+                self.flush()
+
+    def close(self):
+        """Ends the connection; answers that still come are dropped."""
+        fd, self.fd = self.fd, -1
+        self.out.clear()
+        self.loop.forget(fd)
+        os.close(fd)
+        self.drained.happen()
+        Connection.open.discard(self)
+
+
+class Client:
+    """A ttrpc client with one call at a time, for tasks of a loop."""
+
+    def __init__(self, path):
+        self.path = path
+        self.fd = -1
+        self.stream = 1
+        self.reader = FrameReader()
+
+    def connect(self):
+        """Opens the connection if there is none."""
+        import _socket
+        if self.fd >= 0:
+            return
+        peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        try:
+            peer.connect(self.path)     # a local socket: accepted or refused at once
+        except OSError:
+            peer.close()
+            raise
+        self.fd = peer.detach()
+        os.set_blocking(self.fd, False)
+        self.stream, self.reader = 1, FrameReader()
+
+    def call(self, service, method, payload, seconds=None):
+        """A task: the response's bytes; RpcError or OSError if there is none."""
+        self.connect()
+        stream, self.stream = self.stream, self.stream + 2
+        yield from write_all(self.fd, request_frame(stream, service, method, payload, seconds or 0))
+        deadline = time.monotonic() + seconds if seconds else None
+        while True:
+            if not (yield readable(self.fd, max(0, deadline - time.monotonic()) if deadline else None)):
+                raise RpcError(DEADLINE_EXCEEDED, "%s: no answer within %g s" % (method, seconds))
+            data = os.read(self.fd, COPY_BYTES)
+            if not data:
+                raise RpcError(UNAVAILABLE, "%s: the peer closed the connection" % method)
+            for answered, type, size, body in self.reader.feed(data):
+                if answered == stream and type == RESPONSE:
+                    if body is None:
+                        raise RpcError(RESOURCE_EXHAUSTED, "%s: an answer of %d bytes" % (method, size))
+                    return response_payload(body)
+
+    def close(self):
+        """The next call connects anew."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def shim_delete(flags):
+    """delete: whatever a container left. Runs after every removal and after crashes, any
+    number of times, and concerns this one container only: its pod's daemon may be alive."""
+    bundle = flags.get("bundle") or os.path.join(os.path.dirname(os.getcwd()), flags["id"])
+    lines = read_text(os.path.join(bundle, "init.pid"), "").splitlines()
+    pid = 0
+    if lines:
+        pid, _, start = lines[0].partition(" ")
+        pid = int(pid)
+        cgroup = Cgroup({str(index): path for index, path in enumerate(lines[1:])})
+        if str(process_start_time(pid)) == start:
+            kill_process(pid)
+        for _ in cgroup.kill():
+            time.sleep(0.005)
+        for _ in range(100):
+            if cgroup.remove():
+                break
+            time.sleep(0.01)
+    unmount_all(os.path.join(os.path.realpath(bundle), "rootfs"))
+    remove_dead_socket(bundle)
+    os.write(1, encode("DeleteResponse", {"pid": pid, "exit_status": 128 + SIGKILL, "exited_at": timestamp(time.time())}))
+    return 0
+
+
+def kill_process(pid):
+    """SIGKILL, and until the process is gone or a second is over."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    import _signal
+    try:
+        _signal.pidfd_send_signal(pidfd, SIGKILL)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll(1000)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(pidfd)
+
+
+def remove_dead_socket(bundle):
+    """The daemon's socket, if nobody listens there any more."""
+    import _socket
+    path = read_text(os.path.join(bundle, "address"), "")[len("unix://"):]
+    if not path:
+        return
+    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError:
+        pass
+    finally:
+        probe.close()
+
+
+# === 20. Command line =========================================================
 #
 # For people without containerd and for readers. Options end at the module, what
 # follows is the guest's, as with `wasmtime run`.
@@ -3149,12 +6630,17 @@ def main(argv):
         if not words or words[0] in ("--help", "-h", "help") or "--help" in words[1:2]:
             sys.stdout.write(USAGE % program)
             return 0 if words else 2
+        if words[0].startswith("-"):
+            return shim_main(words)
         if words[0] not in COMMANDS:
             raise UsageError("unknown command %s; see --help" % words[0])
         return COMMANDS[words[0]](words[1:])
     except UsageError as error:
         report("%s: %s" % (program, error))
         return 2
+    except (ContainerError, ConfigError) as error:
+        report("%s: %s" % (program, error))
+        return 1
     except OSError as error:
         report("%s: %s%s" % (program, error.filename + ": " if isinstance(error.filename, str) else "", error.strerror))
         return 1
