@@ -5,12 +5,16 @@ SHARED ?= ../shared
 SHIM   := dist/containerd-shim-chibiwasm-v1
 PEERS  := containerd runc wabt protobuf-compiler
 
-.PHONY: all build test install uninstall clean
+.PHONY: all build demo test install uninstall clean
 
 all build: $(SHIM)
 
 $(SHIM): chibishim.py build_zipapp.py
 	$(PYTHON) build_zipapp.py --output $@
+
+# A Wasm container through the shim, without containerd, as root or as anybody.
+demo: $(SHIM)
+	$(SHIM) container tests/modules/hello.wasm
 
 # Sets up what the tests need and runs them. As root on Debian it installs the
 # peers that the tests talk to; elsewhere their tests skip and say so.

@@ -21,7 +21,8 @@ The module reads bottom-up: a chapter uses only chapters before it.
   17  Container process       the operations, the payload, the guest's process
   18  Task service            what containerd asks of a shim
   19  Shim process            start, delete, the daemon, events
-  20  Command line            run a module without containerd
+  20  Without containerd      container, image, inspect
+  21  Command line            run, and everything above by name
 """
 
 import _struct as struct
@@ -4623,7 +4624,7 @@ class ContainerError(Exception):
 class Setup:
     """What the operations share while they run in the child."""
 
-    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits")
+    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted")
 
     def __init__(self, cgroup, hooks, limits):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -4632,6 +4633,7 @@ class Setup:
         self.hooks = hooks              # a function that runs the hooks of a point
         self.null = -1                  # the host's /dev/null, for masking
         self.limits = limits            # the resource module, if the plan needs it
+        self.adopted = False            # the parent that forked us is not the shim
 
 
 def perform(steps, setup):
@@ -5068,7 +5070,8 @@ def container_child(process, steps, setup, stdio, status, gate, start_hooks, ter
     code = 255
     try:
         reset_signals()
-        libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+        if not setup.adopted:           # else the parent is about to end, by intention
+            libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
         os.setsid()
         for target, fd in enumerate(stdio):
             os.dup2(fd, target)
@@ -5496,17 +5499,16 @@ class TaskService:
         status, child_status = os.pipe2(os.O_CLOEXEC)
         child_gate, gate = os.pipe2(os.O_CLOEXEC)
         own = -1
+        two_steps = pid_namespace is not None and in_user_namespace()
         try:
-            if pid_namespace is not None:
+            if pid_namespace is not None and not two_steps:
                 own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-                if pid_namespace:
-                    do_join(None, pid_namespace, CLONE_NEWPID)
-                else:
-                    libc.unshare(CLONE_NEWPID)
-            pid = os.fork()
+                enter_pid_namespace(pid_namespace)
+            pid = fork_grandchild(pid_namespace) if two_steps else os.fork()
             if not pid:
                 hooks = HookRunner(container, "creating")
                 setup = Setup(container.cgroup, hooks.run, limits)
+                setup.adopted = two_steps
                 container_child(spec, steps, setup, process.io.child, child_status, child_gate,
                                 lambda: hooks.run("startContainer"), process.io.names["terminal"])
         finally:
@@ -5822,6 +5824,42 @@ class TaskService:
             handler = self.children.pop(pid, None)
             if handler:
                 handler(code)
+
+
+def enter_pid_namespace(path):
+    """For the children that follow: a new pid namespace, or the one at `path`."""
+    if path:
+        do_join(None, path, CLONE_NEWPID)
+    else:
+        libc.unshare(CLONE_NEWPID)
+
+
+def fork_grandchild(pid_namespace):
+    """fork(2) by way of a child that enters the pid namespace and ends: in a user namespace
+    we could not return to our own, which belongs to the host. The grandchild falls to us,
+    its subreaper."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if not child:
+        grandchild = -1
+        try:
+            enter_pid_namespace(pid_namespace)
+            grandchild = os.fork()
+            if grandchild:
+                os.write(write, b"%d" % grandchild)
+        finally:
+            if grandchild:
+                os._exit(0)
+        os.close(read)
+        os.close(write)
+        return 0
+    os.close(write)
+    pid = os.read(read, 20)
+    os.close(read)
+    os.waitpid(child, 0)
+    if not pid:
+        raise ContainerError("pid namespace: not permitted in this user namespace")
+    return int(pid)
 
 
 def valid_id(id):
@@ -6545,20 +6583,312 @@ def remove_dead_socket(bundle):
         probe.close()
 
 
-# === 20. Command line =========================================================
+# === 20. Without containerd ===================================================
+#
+# What a person with a terminal and no containerd needs: to run a module in a real
+# container by driving the shim as containerd would, to make an image of it, to look
+# inside it. Imports here may be heavy: nobody waits for a daemon.
+
+DEFAULT_MOUNTS = (
+    ("/proc", "proc", "proc", ("nosuid", "noexec", "nodev")),
+    ("/dev", "tmpfs", "tmpfs", ("nosuid", "strictatime", "mode=755", "size=65536k")),
+    ("/dev/shm", "tmpfs", "shm", ("nosuid", "noexec", "nodev", "mode=1777", "size=65536k")),
+)
+DEFAULT_MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/scsi"]
+DEFAULT_READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+
+
+def enter_user_namespace():
+    """Makes an ordinary user root in a user namespace of his own, where mounts and further
+    namespaces are his to make: user_namespaces(7)."""
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        libc.unshare(CLONE_NEWUSER | CLONE_NEWNS)
+    except OSError as error:
+        raise ContainerError("no user namespace for an ordinary user (%s); run as root, or see sysctl "
+                             "kernel.unprivileged_userns_clone and user.max_user_namespaces" % os.strerror(error.errno)) from None
+    write_text("/proc/self/setgroups", "deny")
+    write_text("/proc/self/uid_map", "0 %d 1" % uid)
+    write_text("/proc/self/gid_map", "0 %d 1" % gid)
+    mount(None, "/", None, MS_SLAVE | MS_REC)
+
+
+def default_config(module, arguments, environment, directories, rootless):
+    """config.json of a container with nothing but a module in it: no capability, no network."""
+    mounts = [{"destination": d, "type": t, "source": s, "options": list(o)} for d, t, s, o in DEFAULT_MOUNTS]
+    mounts += [{"destination": guest, "type": "bind", "source": os.path.abspath(host), "options": ["rbind", "nosuid", "nodev"]}
+               for host, guest in directories]
+    config = {
+        "ociVersion": "1.0.2", "hostname": "chibishim", "root": {"path": "rootfs"}, "mounts": mounts,
+        "process": {"args": ["/" + module] + arguments, "env": environment, "cwd": "/", "user": {"uid": 0, "gid": 0},
+                    "noNewPrivileges": True, "capabilities": {}},
+        "linux": {"namespaces": [{"type": name} for name in ("pid", "network", "mount", "ipc", "uts")],
+                  "maskedPaths": DEFAULT_MASKED, "readonlyPaths": DEFAULT_READONLY},
+    }
+    if not rootless and cgroup_mounts(mount_table()):
+        config["linux"]["cgroupsPath"] = "/chibishim/%d" % os.getpid()
+    return config
+
+
+def command_container(words):
+    """chibishim container: a module in a container of its own, without containerd."""
+    import json
+    import shutil
+    import tempfile
+    options, rest = parse_options(words, ("dir", "env"))
+    if not rest:
+        raise UsageError("container needs a MODULE; see --help")
+    path, arguments = rest[0], rest[1:]
+    directories = [(host, guest or host) for host, _, guest in (d.partition("::") for d in options["dir"])]
+    for host, guest in directories:
+        if not os.path.exists(host) or not guest.startswith("/"):
+            raise UsageError("--dir %s::%s: the host's must exist, the guest's be absolute" % (host, guest))
+    rootless = os.geteuid() != 0
+    scratch = tempfile.mkdtemp(prefix="chibishim-")
+    try:
+        name = os.path.basename(path)
+        rootfs = os.path.join(scratch, "bundle", "rootfs")
+        os.makedirs(rootfs, 0o755)
+        shutil.copyfile(path, os.path.join(rootfs, name))
+        os.chmod(os.path.join(rootfs, name), 0o755)
+        config = default_config(name, arguments, options["env"], directories, rootless)
+        with open(os.path.join(scratch, "bundle", "config.json"), "w") as file:
+            json.dump(config, file)
+        if rootless:
+            enter_user_namespace()
+        return Driver(scratch).run()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Driver:
+    """Stands in for containerd for the length of one container."""
+
+    def __init__(self, scratch):
+        self.scratch = scratch
+        self.bundle = os.path.join(scratch, "bundle")
+        self.id = "c%d" % os.getpid()
+        self.loop = Loop()
+        self.client = None
+        self.result = None              # exit status, or the error
+        self.done = False
+
+    def shim(self, action, data=b""):
+        """Runs the shim's command as containerd does; returns what it printed."""
+        import subprocess
+        words = [sys.executable, "-IS", os.path.abspath(sys.argv[0]), "-namespace", "local", "-address",
+                 os.path.join(self.scratch, "none.sock"), "-publish-binary", "", "-id", self.id]
+        done = subprocess.run(words + (["-bundle", self.bundle] if action == "delete" else []) + [action], input=data,
+                              cwd=self.bundle, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise ContainerError("the shim's %s failed with status %d" % (action, done.returncode))
+        return done.stdout
+
+    def run(self):
+        """start → Create → Start → Wait → Delete → Shutdown → delete; the exit status."""
+        fifos = {name: os.path.join(self.scratch, name) for name in ("stdin", "stdout", "stderr")}
+        for path in fifos.values():
+            os.mkfifo(path, 0o600)
+        params = encode("BootstrapParams", {"instance_id": self.id, "namespace": "local", "socket_dir": self.scratch})
+        address = self.shim("start", params).decode()
+        try:
+            self.loop.spawn(self.converse(Client(address[len("unix://"):]), fifos))
+            self.loop.run(lambda: self.done)
+        finally:
+            self.shim("delete")
+        if isinstance(self.result, Exception):
+            raise ContainerError(str(self.result.args[-1]))
+        return self.result
+
+    def call(self, client, method, message):
+        """A task: one call of the task service, dicts in and out."""
+        request, response = TASK_METHODS[method]
+        answer = yield from client.call(TASK_SERVICES[0], method, encode(request, message))
+        return decode(response, answer)
+
+    def converse(self, client, fifos):
+        """The calls in containerd's order."""
+        copies = []
+        try:
+            for name, fd in (("stdout", 1), ("stderr", 2)):
+                source = os.open(fifos[name], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                copies.append(Event())
+                self.loop.spawn(self.copy_out(source, fd, copies[-1]))
+            yield from self.call(client, "Create", {"id": self.id, "bundle": self.bundle, **fifos})
+            self.loop.spawn(self.copy_in(fifos["stdin"], client.path))
+            self.loop.spawn(self.forward_signals(client.path))
+            yield from self.call(client, "Start", {"id": self.id})
+            answer = yield from self.call(client, "Wait", {"id": self.id})
+            self.result = answer["exit_status"]
+            yield from self.call(client, "Delete", {"id": self.id})
+        except (RpcError, OSError) as error:
+            self.result = error
+        try:
+            yield from self.call(client, "Shutdown", {"id": self.id})
+        except (RpcError, OSError):
+            pass                        # it may be faster than its answer
+        for copied in copies:
+            yield copied, 1
+        self.done = True
+
+    def copy_out(self, source, target, copied):
+        """The guest's output to ours, until the shim has closed the fifo."""
+        started = False
+        while True:
+            try:
+                data = os.read(source, COPY_BYTES)
+                if data:
+                    started = True
+                    os.write(target, data)
+                elif self.result is not None or started:
+                    break
+                else:
+                    yield None, 0.005   # nobody has opened the other end yet
+            except BlockingIOError:
+                started = True
+                yield readable(source)
+            except BrokenPipeError:
+                break
+        copied.happen()
+
+    def copy_in(self, fifo, path):
+        """Our input to the guest, then CloseIO."""
+        sink = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            while True:
+                yield readable(0)
+                data = os.read(0, COPY_BYTES)
+                if not data:
+                    break
+                yield from write_all(sink, data)
+        except OSError:
+            pass
+        os.close(sink)
+        try:
+            yield from self.call(Client(path), "CloseIO", {"id": self.id, "stdin": True})
+        except (RpcError, OSError):
+            pass                        # it has ended meanwhile
+
+    def forward_signals(self, path):
+        """What somebody sends us is meant for the guest."""
+        import _signal
+        wake, poke = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for number in (SIGHUP, SIGINT, SIGTERM, 3, 10, 12):
+            _signal.signal(number, lambda number, frame: None)
+        _signal.set_wakeup_fd(poke, warn_on_full_buffer=False)
+        while True:
+            yield readable(wake)
+            for number in os.read(wake, 64):
+                try:
+                    yield from self.call(Client(path), "Kill", {"id": self.id, "signal": number})
+                except (RpcError, OSError):
+                    pass
+
+
+def command_image(words):
+    """chibishim image: an OCI image archive with the module as its only file."""
+    options, rest = parse_options(words, ("o", "t", "platform"))
+    if len(rest) != 1 or not options["o"]:
+        raise UsageError("write it as: image -o FILE [-t REF] [--platform OS/ARCH] MODULE")
+    path = rest[0]
+    name = os.path.basename(path)
+    reference = options["t"][-1] if options["t"] else "docker.io/library/%s:latest" % name.rpartition(".")[0].lower()
+    os_name, slash, architecture = (options["platform"] or ["linux/" + go_architecture()])[-1].partition("/")
+    if not slash:
+        raise UsageError("--platform %s: write it as OS/ARCH, wasi/wasm for example" % os_name)
+    with open(path, "rb") as file:
+        data = file.read()
+    if data[:4] != WASM_MAGIC:
+        raise UsageError("%s is no WebAssembly module" % path)
+    write_image(options["o"][-1], name, data, reference, os_name, architecture)
+    return 0
+
+
+def go_architecture():
+    """This machine in the names of OCI image indexes."""
+    names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386"}
+    return names.get(os.uname().machine, os.uname().machine)
+
+
+def write_image(output, name, module, reference, os_name, architecture):
+    """An image layout in a tar archive (OCI image specification, image-layout), the same
+    bytes for the same input."""
+    import hashlib
+    import io
+    import json
+    import tarfile
+
+    def archive(members):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for path, data in members:
+                info = tarfile.TarInfo(path)
+                info.size, info.mode = len(data), 0o755
+                tar.addfile(info, io.BytesIO(data))
+        return buffer.getvalue()
+    blobs = []
+
+    def blob(type, data):
+        digest = hashlib.sha256(data).hexdigest()
+        blobs.append(("blobs/sha256/" + digest, data))
+        return {"mediaType": "application/vnd.oci.image." + type, "digest": "sha256:" + digest, "size": len(data)}
+    layer = blob("layer.v1.tar", archive([(name, module)]))
+    config = blob("config.v1+json", json.dumps({
+        "architecture": architecture, "os": os_name, "config": {"Entrypoint": ["/" + name], "WorkingDir": "/"},
+        "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]}}).encode())
+    manifest = blob("manifest.v1+json", json.dumps({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": [layer]}).encode())
+    manifest["platform"] = {"os": os_name, "architecture": architecture}
+    manifest["annotations"] = {"io.containerd.image.name": reference,
+                               "org.opencontainers.image.ref.name": reference.rpartition(":")[2]}
+    index = json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode()
+    with open(output, "wb") as file:
+        file.write(archive([("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), ("index.json", index)] + blobs))
+
+
+def command_inspect(words):
+    """chibishim inspect: what a module needs and offers."""
+    if len(words) != 1:
+        raise UsageError("inspect needs a MODULE; see --help")
+    module = Module(map_file(words[0]))
+    print("%s: %d bytes, %d functions, %d imported" % (
+        words[0], len(module.data), len(module.functions), module.imported_functions))
+    for item in module.imports:
+        print("import  %-8s %s.%s" % (item.kind, item.module, item.name))
+    for name, (kind, index) in module.exports.items():
+        print("export  %-8s %s%s" % (kind, name, " " + str(module.types[module.functions[index]]) if kind == "func" else ""))
+    for name, start, end in module.customs:
+        print("custom  %-8d %s" % (end - start, name))
+    return 0
+
+
+# === 21. Command line =========================================================
 #
 # For people without containerd and for readers. Options end at the module, what
 # follows is the guest's, as with `wasmtime run`.
 
-USAGE = """usage: %s run [OPTION…] MODULE [ARGUMENT…]
+USAGE = """usage: %s COMMAND …
 
-Runs a WebAssembly module. The exit status is the guest's; 134 for a trap.
+Runs WebAssembly modules, plainly or in containers. The exit status is the guest's,
+134 for a trap, 128+n for signal n.
 
+run [OPTION…] MODULE [ARGUMENT…]         run a module as an ordinary process
   --dir HOST[::GUEST]   let the guest see a directory (as GUEST)
   --env NAME=VALUE      set an environment variable of the guest
   --argv0 NAME          the guest's argument 0 (default: the module's file name)
   --preload NAME=FILE   satisfy imports from NAME by the module in FILE
   --invoke NAME         call this export instead of _start
+
+container [OPTION…] MODULE [ARGUMENT…]   run it in a container, as root or without
+  --dir HOST[::GUEST]   mount a directory (at GUEST, an absolute path)
+  --env NAME=VALUE      set an environment variable of the guest
+
+image -o FILE [-t REF] [--platform OS/ARCH] MODULE
+                        write an OCI image archive for ctr image import
+
+inspect MODULE          print imports, exports and custom sections
+
+containerd calls it with -namespace … -id … start, or delete; -info and -v tell what it is.
 """
 
 
@@ -6571,8 +6901,8 @@ def parse_options(words, known):
     word that is none."""
     options = {name: [] for name in known}
     position = 0
-    while position < len(words) and words[position].startswith("--"):
-        name, equals, value = words[position][2:].partition("=")
+    while position < len(words) and words[position].startswith("-") and words[position] != "-":
+        name, equals, value = words[position].lstrip("-").partition("=")
         position += 1
         if not name:
             break
@@ -6619,7 +6949,7 @@ def command_run(words):
     return run_command(map_file(path), [argv0] + rest[1:], options["env"], preopens, function, preloads)
 
 
-COMMANDS = {"run": command_run}
+COMMANDS = {"run": command_run, "container": command_container, "image": command_image, "inspect": command_inspect}
 
 
 def main(argv):
