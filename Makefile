@@ -5,7 +5,7 @@ SHARED ?= ../shared
 SHIM   := dist/containerd-shim-chibiwasm-v1
 PEERS  := containerd runc wabt protobuf-compiler
 
-.PHONY: all build test install uninstall clean
+.PHONY: all build test spec install uninstall clean
 
 all build: $(SHIM)
 
@@ -24,6 +24,10 @@ test: .venv/ready $(SHIM)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip -q install --disable-pip-version-check pytest
 	touch $@
+
+# The official suite of WebAssembly; SUITE is a group, GROUP/FILE or a directory.
+spec: .venv/ready
+	SHARED=$(SHARED) .venv/bin/python tests/run_spec.py $(SUITE)
 
 install: $(SHIM)
 	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-chibiwasm-v1

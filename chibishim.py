@@ -1702,27 +1702,27 @@ def lanewise_handler(op, format, expression, places):
     return define(code + ["R[d] = pack(%s)" % ", ".join(values)], unpack=unpack, pack=pack)
 
 
-# What the verbs of memory accesses and lane accesses do. {rest} is what follows the
-# format in the table; `unpack` and `pack` access `view` at an address. A load has the
-# address in slot a and the offset in b; a store the offset, negative, in d and the
-# value in slot b; all others (offset, slots or lane …) in b.
+# What the verbs of memory accesses and lane accesses do. {at} is the address and {rest}
+# what follows the format in the table. A load has its address in slot a and the offset
+# in b; a store the offset, negative, in d and the value in slot b; all others have
+# (offset, slots or lane …) in b.
 ACCESSES = {
-    "load": ("R[d] = unpack(memory.view, R[a] + b)[0] {rest}",),
-    "widen": ("R[d] = widen(*unpack(memory.view, R[a] + b))",),
-    "store": ("pack(memory.view, R[a] - d, R[b] {rest})",),
-    "load_lane": ("offset, slot, lane = b", "vector = R[slot]",
-                  "R[d] = vector[:lane] + unpack(memory.view, R[a] + offset)[0] + vector[lane + width:]"),
-    "store_lane": ("offset, slot, lane = b", "pack(memory.view, R[a] + offset, R[slot][lane:lane + width])"),
+    "load": ("R[d] = unpack(memory.view, {at})[0] {rest}",),
+    "widen": ("R[d] = widen(*unpack(memory.view, {at}))",),
+    "store": ("pack(memory.view, {at}, R[b] {rest})",),
+    "load_lane": ("_, slot, lane = b", "vector = R[slot]",
+                  "R[d] = vector[:lane] + unpack(memory.view, {at})[0] + vector[lane + width:]"),
+    "store_lane": ("_, slot, lane = b", "pack(memory.view, {at}, R[slot][lane:lane + width])"),
     "extract": ("R[d] = unpack(R[a], b)[0] {rest}",),
     "replace": ("slot, lane = b", "vector = bytearray(R[a])", "pack(vector, lane, R[slot] {rest})", "R[d] = bytes(vector)"),
-    "atomic_load": ("R[d] = unpack(memory.view, aligned(R[a] + b[0], width))[0]",),
-    "atomic_store": ("pack(memory.view, aligned(R[a] + b[0], width), R[b[1]] & mask)",),
-    "rmw": ("address = aligned(R[a] + b[0], width)", "x, y = unpack(memory.view, address)[0], R[b[1]]",
+    "atomic_load": ("R[d] = unpack(memory.view, aligned({at}, width))[0]",),
+    "atomic_store": ("pack(memory.view, aligned({at}, width), R[b[1]] & mask)",),
+    "rmw": ("address = aligned({at}, width)", "x, y = unpack(memory.view, address)[0], R[b[1]]",
             "pack(memory.view, address, {rest} & mask)", "R[d] = x"),
-    "cmpxchg": ("address = aligned(R[a] + b[0], width)", "x = unpack(memory.view, address)[0]", "if x == R[b[1]]:",
+    "cmpxchg": ("address = aligned({at}, width)", "x = unpack(memory.view, address)[0]", "if x == R[b[1]]:",
                 "    pack(memory.view, address, R[b[2]] & mask)", "R[d] = x"),
-    "notify": ("unpack(memory.view, aligned(R[a] + b[0], width))", "R[d] = 0"),
-    "wait": ("x = unpack(memory.view, aligned(R[a] + b[0], width))[0]", "R[d] = wait(memory, x == R[b[1]], R[b[2]])"),
+    "notify": ("unpack(memory.view, aligned({at}, width))", "R[d] = 0"),
+    "wait": ("x = unpack(memory.view, aligned({at}, width))[0]", "R[d] = wait(memory, x == R[b[1]], R[b[2]])"),
 }
 
 
@@ -1735,7 +1735,11 @@ def access_handler(op, memory=None):
     access, mask = struct.Struct("<" + letter), (1 << 8 * op.width) - 1
     unpack, pack = (unpack_f32_at, pack_f32_at) if letter == "f" else (access.unpack_from, access.pack_into)
     widen = struct.Struct("<" + rest).pack if verb == "widen" else None
-    source = [line.format(rest="(%s)" % rest.format(x="x", y="y") if verb == "rmw" else rest) for line in ACCESSES[verb]]
+    at = {"load": "R[a] + b", "widen": "R[a] + b", "store": "R[a] - d"}.get(verb, "R[a] + b[0]")
+    if memory and memory.address == I64 or sys.maxsize < 1 << 34:
+        at = "min(%s, %d)" % (at, sys.maxsize)      # which is out of bounds, and fits the struct module
+    rest = "(%s)" % rest.format(x="x", y="y") if verb == "rmw" else rest
+    source = [line.format(at=at, rest=rest) for line in ACCESSES[verb]]
     return define(source, memory=memory, unpack=unpack, pack=pack, widen=widen, width=op.width, mask=mask)
 
 
@@ -2003,7 +2007,8 @@ def do_array_copy(R, d, a, b):
 def do_array_init_data(R, d, a, b):
     type, segments, index = a
     array, to, start, count = (R[slot] for slot in b)
-    elements_at(array, to, count)[to:to + count] = elements_of_data(type, segments[index], start, count)
+    elements = elements_at(array, to, count)
+    elements[to:to + count] = elements_of_data(type, segments[index], start, count)
 
 
 def do_array_init_elem(R, d, a, b):
@@ -2329,8 +2334,8 @@ class ModuleDecoder(TypeReader):
         flags = self.byte()
         if flags > 7:
             raise Malformed("malformed limits flags")
-        bits, bound = (64, bound_64) if flags & 4 else (32, bound)
-        limits = Limits(self.unsigned(bits), self.unsigned(bits) if flags & 1 else None,
+        bound = bound_64 if flags & 4 else bound
+        limits = Limits(self.unsigned(64), self.unsigned(64) if flags & 1 else None,
                         I64 if flags & 4 else I32, bool(flags & 2))
         if limits.minimum > bound or limits.maximum is not None and limits.maximum > bound:
             raise Invalid(error)
@@ -3052,10 +3057,8 @@ class Translator:
         for _ in range(reader.unsigned()):
             count = reader.unsigned()
             total += count
-            if total > MAX_U32:
-                raise Malformed("too many locals")
             if total > MAX_LOCALS:
-                raise Invalid("%d locals: at most %d" % (total, MAX_LOCALS))
+                raise Malformed("too many locals: %d, at most %d" % (total, MAX_LOCALS))
             self.locals += [reader.value_type()] * count
 
     def run(self):
@@ -3805,7 +3808,7 @@ class Translator:
 
     def data_array(self, mutable):
         """Reads and checks type and data index; returns (type, segments, index)."""
-        type, index = self.aggregate(ARRAY), self.data_index()
+        type, index = self.aggregate(ARRAY), self.data_index(self.reader.unsigned())
         if mutable and not type.fields[0][1]:
             raise Invalid("immutable array")
         if type.fields[0][0].__class__ is tuple:
@@ -3814,7 +3817,7 @@ class Translator:
 
     def element_array(self, mutable):
         """Reads and checks type and element index; returns (type, segments, index)."""
-        type, index = self.aggregate(ARRAY), self.element_index()
+        type, index = self.aggregate(ARRAY), self.element_index(self.reader.unsigned())
         if mutable and not type.fields[0][1]:
             raise Invalid("immutable array")
         if not type_matches(self.module.elements[index].type, type.fields[0][0]):
@@ -4008,15 +4011,17 @@ class Translator:
         self.emit(do_memory_copy, None, (target, source), self.pop_all((address, other, smaller(address, other))))
 
     def memory_init_(self, op):
-        index, (address, memory) = self.data_index(), self.memory()
+        segment = self.reader.unsigned()
+        address, memory = self.memory()
+        index = self.data_index(segment)
         self.emit(do_memory_init, None, (memory, self.instance.datas, index), self.pop_all((address, I32, I32)))
 
     def data_drop_(self, op):
-        index = self.data_index()
+        index = self.data_index(self.reader.unsigned())
         self.emit(do_drop_segment, None, self.instance.datas, index)
 
-    def data_index(self):
-        index = self.reader.unsigned()
+    def data_index(self, index):
+        """Checks the index of a data segment."""
         if self.module.data_count is None:
             raise Malformed("data count section required")
         if index >= self.module.data_count:
@@ -4053,17 +4058,18 @@ class Translator:
         self.emit(do_table_copy, None, (target, source), self.pop_all((target.address, source.address, count)))
 
     def table_init_(self, op):
-        index = self.element_index()
+        segment = self.reader.unsigned()
         type, table = self.table()
+        index = self.element_index(segment)
         if not type_matches(self.module.elements[index].type, type):
             raise Invalid("type mismatch")
         self.emit(do_table_init, None, (table, self.instance.elements, index), self.pop_all((table.address, I32, I32)))
 
     def elem_drop_(self, op):
-        self.emit(do_drop_segment, None, self.instance.elements, self.element_index())
+        self.emit(do_drop_segment, None, self.instance.elements, self.element_index(self.reader.unsigned()))
 
-    def element_index(self):
-        index = self.reader.unsigned()
+    def element_index(self, index):
+        """Checks the index of an element segment."""
         if index >= len(self.module.elements):
             raise Invalid("unknown elem segment %d" % index)
         return index
@@ -4194,8 +4200,8 @@ def execute(function, arguments):
                         raise
                     function, (_, _, handlers), R = frames.pop()
                     block = landing(handlers, thrown, R)
-    except (struct.error, OverflowError):
-        trap = out_of_bounds("memory")  # the address is beyond the view, or beyond any
+    except struct.error:
+        trap = out_of_bounds("memory")
     except RecursionError:
         trap = Exhaustion("call stack exhausted")
     except MemoryError:
