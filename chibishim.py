@@ -125,7 +125,11 @@ class Reader:
 
     def unsigned(self, bits=32):
         """uN ::= LEB128 of at most ceil(N/7) bytes"""
-        byte = self.byte()
+        position = self.position
+        if position >= self.end:
+            raise Malformed("unexpected end")
+        byte = self.data[position]
+        self.position = position + 1
         if byte < 0x80:
             return byte
         result = byte & 0x7F
@@ -140,11 +144,15 @@ class Reader:
 
     def signed(self, bits):
         """sN ::= signed LEB128 of at most ceil(N/7) bytes"""
-        result = 0
+        data, position, result = self.data, self.position, 0
         for shift in range(0, bits, 7):
-            byte = self.byte()
+            if position >= self.end:
+                raise Malformed("unexpected end")
+            byte = data[position]
+            position += 1
             result |= (byte & 0x7F) << shift
             if byte < 0x80:
+                self.position = position
                 if byte & 0x40:
                     result -= 0x80 << shift
                 if not -1 << bits - 1 <= result < 1 << bits - 1:
@@ -567,6 +575,7 @@ MAX_SUPERTYPES = 63             # depth of a chain
 MAX_FIELDS = 10000
 MAX_PARAMS = MAX_RESULTS = 1000
 MAX_FUNCTIONS = 1000000
+MAX_TABLES = MAX_MEMORIES = 100
 MAX_LOCALS = 50000
 MAX_BODY_BYTES = 7654321
 MAX_TABLE_ELEMENTS = 10000000
@@ -618,12 +627,9 @@ class FunctionType(DefinedType):
 
 
 class Identity:
-    """What equal recursion groups have in common; `structure` compares with ==."""
+    """What equal recursion groups have in common; it is nothing but itself."""
 
-    __slots__ = ("structure", "__weakref__")
-
-    def __init__(self, structure):
-        self.structure = structure
+    __slots__ = ("__weakref__",)
 
 
 IDENTITIES = {}                 # structure of a group -> weak reference to its Identity
@@ -636,7 +642,7 @@ def identify(group):
     known = IDENTITIES.get(structure)
     identity = known and known()
     if identity is None:
-        identity = Identity(structure)
+        identity = Identity()
         IDENTITIES[structure] = weakref.ref(identity, forget_identity(structure))
     for place, type in enumerate(group):
         type.identity = identity, place
@@ -2538,6 +2544,11 @@ class ModuleDecoder(TypeReader):
         """expr ::= instr* 0x0B, constant: (opcode, immediate) if it is one instruction,
         else a Body, which check_constant() validates."""
         start, first, count = self.position, None, 0
+        if self.byte() == 0x41:                 # an address, nearly always
+            value = self.i32()
+            if self.byte() == 0x0B:
+                return 0x41, value
+        self.position = start
         while True:
             opcode = self.byte()
             if opcode == 0x0B:
@@ -2610,8 +2621,10 @@ SECTION_READERS = {
 
 def check_module(module):
     """Validates all but function bodies (section 3.4); raises Invalid."""
-    if len(module.functions) > MAX_FUNCTIONS:
-        raise Invalid("%d functions: at most %d" % (len(module.functions), MAX_FUNCTIONS))
+    for space, what, limit in ((module.functions, "functions", MAX_FUNCTIONS), (module.tables, "tables", MAX_TABLES),
+                               (module.memories, "memories", MAX_MEMORIES)):
+        if len(space) > limit:
+            raise Invalid("%d %s: at most %d" % (len(space), what, limit))
     for index in module.functions + module.tags:
         check_index("type", index, module.types)
         if module.types[index].kind != FUNC:
@@ -2865,6 +2878,8 @@ class Instance:
         for type, init in zip(module.globals[len(self.globals):], module.global_inits):
             self.globals.append(Global(type, self.constant(init, type.value)))
         self.tags += [Tag(module.types[index]) for index in module.tags[len(self.tags):]]
+        if sum(table.limits.minimum for table in module.tables) > MAX_TABLE_ELEMENTS:
+            raise Exhaustion("tables of more than %d elements" % MAX_TABLE_ELEMENTS)
         for table in module.tables[len(self.tables):]:
             value, limits = self.constant(table.init, table.element) if table.init else None, table.limits
             self.tables.append(Table(table.element, limits.minimum, limits.maximum, value, limits.address))
@@ -2992,7 +3007,7 @@ def python_function(type, call, name):
 
 BR, BR_IF, BR_TABLE, RETURN, CALL, CALL_REF, TAIL_CALL, THROW = range(8)
 ALIAS_STEPS_PER_BYTE = 64
-OPERAND_STEPS_PER_BYTE = 200
+OPERAND_STEPS_PER_BYTE = 8
 
 
 class Control:
@@ -3022,7 +3037,7 @@ class Translator:
     """Translates one function of an instance: `run()` sets its entry and template.
     Raises Malformed or Invalid."""
 
-    __slots__ = ("function", "instance", "module", "reader", "locals", "types", "slots", "controls", "block", "base",
+    __slots__ = ("function", "instance", "module", "reader", "locals", "zeros", "types", "slots", "controls", "block", "base",
                  "deepest", "constants", "unset", "was_set", "handlers", "aliases", "alias_steps", "operand_steps")
 
     def __init__(self, function):
@@ -3033,13 +3048,12 @@ class Translator:
         self.reader = reader = TypeReader(bytes(self.module.data[body.start:body.end]))
         reader.types = self.module.types
         self.locals = list(function.type.params)
+        self.zeros = []             # what the other locals start with
+        self.unset = set()          # the locals that have no default value and were not set yet …
+        self.was_set = []           # … and those that were
         if function.index is not None:
             self.read_locals()
         self.base = len(self.locals)
-        params = len(function.type.params)
-        # The locals that have no default value and were not set yet, and those that were.
-        self.unset = {i for i, t in enumerate(self.locals[params:], params) if t.__class__ is tuple and not t[1]}
-        self.was_set = []
         self.types = []             # the operand stack's types …
         self.slots = []             # … and where the operands are
         self.deepest = 0
@@ -3059,7 +3073,11 @@ class Translator:
             total += count
             if total > MAX_LOCALS:
                 raise Malformed("too many locals: %d, at most %d" % (total, MAX_LOCALS))
-            self.locals += [reader.value_type()] * count
+            type = reader.value_type()
+            if not defaultable(type):
+                self.unset.update(range(total - count, total))
+            self.locals += [type] * count
+            self.zeros += [zero(type)] * count
 
     def run(self):
         """Translates the body and completes the Function."""
@@ -3070,9 +3088,8 @@ class Translator:
         self.instructions()
         if self.reader.position != self.reader.end:
             raise Malformed("END opcode expected")
-        zeros = [ZERO.get(t) for t in self.locals[len(function.type.params):]]
         constants = [value for _, value in self.constants.values()]
-        function.template = zeros + [None] * self.deepest + constants[::-1]
+        function.template = self.zeros + [None] * self.deepest + constants[::-1]
         function.limit = min(MAX_FRAMES, MAX_FRAME_SLOTS // (len(self.locals) + self.deepest + 1))
         function.entry = entry
 
@@ -3181,6 +3198,8 @@ class Translator:
 
     def pop_all(self, types):
         """Pops operands of `types`, last first; returns their slots in order."""
+        if not types:
+            return []
         self.count_operands(types)
         return [self.pop(t) for t in reversed(types)][::-1]
 
@@ -3200,7 +3219,11 @@ class Translator:
         known = self.constants.get(key)
         if known is None:
             known = self.constants[key] = -1 - len(self.constants), value
-        self.push_alias(type, known[0])
+        if self.aliases:
+            self.types.append(type)
+            self.slots.append(known[0])
+        else:
+            self.push_alias(type, known[0])
 
     def push_alias(self, type, slot):
         """Pushes an operand that lies in a local's or a constant's slot."""
@@ -3601,6 +3624,7 @@ class Translator:
         if self.aliases:
             self.count_aliases(len(slots))
             if index in slots:
+                self.deepest = max(self.deepest, len(slots))
                 for height, other in enumerate(slots):
                     if other == index:
                         slots[height] = self.base + height
@@ -4205,6 +4229,7 @@ def execute(function, arguments):
     except RecursionError:
         trap = Exhaustion("call stack exhausted")
     except MemoryError:
+        frames, R = [], None            # what follows needs some
         trap = Exhaustion("out of memory")
     except (Trap, Thrown) as caught:
         trap = caught
@@ -4996,7 +5021,7 @@ def run_command(data, arguments, environment, preopens, function="_start", prelo
         values = execute_any(instance.exports[function], [])
     except Exit as exit:
         return exit.args[0] & 0xFF
-    except Trap as trap:
+    except (Trap, Thrown) as trap:
         report("error: trap: %s" % trap)
         for depth, place in enumerate(trap.backtrace[:32]):
             report("  %2d: %s" % (depth, place.name))

@@ -38,6 +38,18 @@ def test_a_local_keeps_its_old_value_on_the_stack_when_it_is_assigned(wat):
     assert run(wat, text, "f", 5) == -10
 
 
+def test_saving_an_old_value_leaves_the_constants_alone(wat):
+    text = """(module (func (export "f") (param i32) (result i32) (local i32)
+      local.get 0  (local.set 0 (i32.const 10))  local.set 1  (local.set 1 (i32.const 10))  local.get 1))"""
+    assert run(wat, text, "f", 5) == 10
+
+
+def test_operands_below_a_block_leave_the_constants_alone(wat):
+    text = """(module (func (export "f") (param i32) (result i32) (local i32)
+      local.get 0  (block (nop))  local.set 1  (local.set 0 (i32.const 10))  local.get 0))"""
+    assert run(wat, text, "f", 5) == 10
+
+
 def test_a_branch_carries_values_past_operands_below(wat):
     text = """(module (func (export "f") (param i32) (result i32)
       (block (result i32) (i32.const 7) (i32.const 9) (br_if 0 (local.get 0)) (drop) (drop) (i32.const 1))))"""
