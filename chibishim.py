@@ -6,11 +6,11 @@ The module reads bottom-up: a chapter uses only chapters before it.
    2  Bytes                   a cursor: LEB128, names, vectors (core spec 5.2)
    3  Protobuf                message tables, encode, decode
    4  ttrpc                   frames, requests, responses: bytes in, bytes out
-   5  WebAssembly types       value, function, table, memory, global types (2.3)
+   5  WebAssembly types       number, reference and defined types, subtyping (2.3, 3.3)
    6  Instructions            the table: one row per instruction (5.4)
    7  Numerics                integer and float operations (4.3)
-   9  Handlers                from a row of the table to a function
-   8  Modules                 the binary format of everything but bodies (5.5, 3.4)
+   8  Handlers                from a row of the table to a function (4.6)
+   9  Modules                 the binary format of everything but bodies (5.5, 3.4)
   10  Store and instances     memories, tables, globals, linking (4.2, 4.5)
   11  Validation, translation one pass from bytes to basic blocks (3.3, A.3)
   12  Interpreter             the loop that executes blocks (4.4)
@@ -783,21 +783,22 @@ class GlobalType:
 # meaning. The decoder, the validator, the interpreter and the disassembler read
 # the same rows.
 #
-# The type is written "operands:results" with i = i32, I = i64, f = f32, F = f64;
-# None means that it depends on the immediates or the context, and chapter 8 has
-# a method of that name. The meaning is a Python expression over the operands
-# {x} and {y}. Integers are held unsigned, floats as Python floats (an f32 is a
-# double that fits 32 bits); a comparison may yield True for 1. Two operands
-# have a form of their own: "load FORMAT [& MASK]" and "store FORMAT [& MASK]",
-# where FORMAT is a letter of the struct module.
-
-# A signed comparison needs no conversion: flipping the sign bit maps the order
-# of signed integers onto the order of unsigned ones.
+# The type is written "operands:results" with i = i32, I = i64, f = f32, F = f64,
+# v = v128; None means that it depends on the immediates or the context, and chapter
+# 11 has a method of that name. The meaning is a Python expression over the operands
+# {x}, {y} and {z}. Integers are held unsigned, floats as Python floats (an f32 is a
+# double that fits 32 bits), vectors as 16 bytes; a comparison may yield True for 1.
 #
-# A vector is 16 bytes. Where an operation works lane by lane, its meaning has the
-# lanes' format in front: "8h: {x} + {y}" unpacks each vector operand as by the struct
-# module, computes lane by lane, and packs. "8b@8>8h" takes the lanes at offset 8 and
-# packs the results in another format. Scalar operands stand for themselves.
+# What works lane by lane has the lanes' format in front, in the letters of the
+# struct module: "8h: {x} + {y}" unpacks each vector operand, computes lane by lane,
+# and packs. "8b@8>8h" takes the eight lanes from byte 8 on and packs the results in
+# another format. Scalar operands stand for themselves.
+#
+# What accesses memory or one lane starts with a verb and a format: "load b & 0xFF".
+# Chapter 8 has a table of the verbs, ACCESSES.
+#
+# A signed comparison of i32 or i64 needs no conversion: flipping the sign bit maps
+# the order of signed integers onto the order of unsigned ones.
 
 INSTRUCTIONS = (
     # Control (section 5.4.1)
@@ -1623,13 +1624,16 @@ def dot_add(x, y, z):
                                 zip(sums[::2], sums[1::2], struct.unpack("<4I", z))])
 
 
-# === 9. Handlers ==============================================================
+# === 8. Handlers ==============================================================
 #
 # A handler executes one instruction: handler(R, d, a, b), where R is the frame, a
 # list, and d, a, b say where in R the result and the operands are, or carry an
 # immediate. Handlers of regular instructions are made from the table's
 # expressions the first time that an instruction occurs in code that runs: a
 # program uses some sixty of them, and making all would cost more than running it.
+#
+# A reference is a Python object: None for null, a Function or HostFunction, an
+# Aggregate, an I31, a Thrown, or whatever an embedder passes as an externref.
 
 
 class Op:
@@ -2133,7 +2137,7 @@ def copy_bytes(view, to, source, start, count):
     view[to:to + count] = source[start:start + count]
 
 
-# === 8. Modules ===============================================================
+# === 9. Modules ===============================================================
 #
 # The decoder of everything but function bodies (section 5.5). In: the bytes of
 # a module, or a mapping of its file. Out: a Module, whose sections are lists of
@@ -2201,6 +2205,7 @@ class Module:
         self.datas = []
         self.customs = []           # (name, start, end) of every custom section
         self.declared = set()       # functions that ref.func may name in bodies
+        self.names = None           # of functions, when they are asked for
         self.shell = None           # see shell_of()
         ModuleDecoder(self).decode()
         check_module(self)
@@ -2222,7 +2227,9 @@ class Module:
     def function_names(self):
         """{function index: name} of the name section's subsection 1, or {} where
         there is none or it is damaged: names are a courtesy, never an error."""
-        names = {}
+        if self.names is not None:
+            return self.names
+        names = self.names = {}
         for name, start, end in self.customs:
             if name != "name":
                 continue
@@ -2837,7 +2844,8 @@ def to_value(type, value):
     if type == V128:
         if not isinstance(value, bytes) or len(value) != 16:
             raise TypeError("%r is not 16 bytes" % (value,))
-    elif not reference_matches(value, *type) or type[0] == FUNC and not isinstance(value, (Function, HostFunction, NoneType)):
+    elif (not reference_matches(value, *type)
+          or type[0] == FUNC and not isinstance(value, (Function, HostFunction, NoneType))):
         raise TypeError("%r is not a %s" % (value, type_name(type)))
     return value
 
@@ -3799,7 +3807,9 @@ class Translator:
         if (storage in (I8, I16)) != (op.name != "struct.get"):
             raise Invalid("type mismatch: packed or not")
         slot = self.pop((type, True))
-        handler, b = (do_struct_get_s, (index, PACKED_BITS[storage])) if op.name == "struct.get_s" else (do_struct_get, index)
+        handler, b = do_struct_get, index
+        if op.name == "struct.get_s":
+            handler, b = do_struct_get_s, (index, PACKED_BITS[storage])
         self.emit(handler, self.push(unpacked(storage)), slot, b)
 
     struct_get_s_ = struct_get_u_ = struct_get_
@@ -3864,7 +3874,9 @@ class Translator:
         if (storage in (I8, I16)) != (op.name != "array.get"):
             raise Invalid("type mismatch: packed or not")
         slot, index = self.pop_all(((type, True), I32))
-        handler, b = (do_array_get_s, (index, PACKED_BITS[storage])) if op.name == "array.get_s" else (do_array_get, index)
+        handler, b = do_array_get, index
+        if op.name == "array.get_s":
+            handler, b = do_array_get_s, (index, PACKED_BITS[storage])
         self.emit(handler, self.push(unpacked(storage)), slot, b)
 
     array_get_s_ = array_get_u_ = array_get_
@@ -4126,7 +4138,7 @@ def shell_of(module):
     if shell is None:
         shell = module.shell = Instance.__new__(Instance)
         shell.module, shell.handlers = module, {}
-        shell.functions = [Function(module.function_type(index), shell, None, index) for index in range(len(module.functions))]
+        shell.functions = [Function(module.types[type], shell, None, index) for index, type in enumerate(module.functions)]
         shell.tables = [Table(t.element, 0, 0, None, t.limits.address) for t in module.tables]
         shell.memories = [Memory(0, 0, m.address) for m in module.memories]
         shell.globals = [Global(t, None) for t in module.globals]
