@@ -167,6 +167,48 @@ def test_malformed_modules(data, message):
         Module(data)
 
 
+# -- later features, each once; the official suite has the rest (test_spec.py) --
+
+
+def test_tail_calls_need_no_stack(wat):
+    text = """(module (func $f (export "f") (param i32) (result i32)
+      (if (i32.eqz (local.get 0)) (then (return (i32.const 7))))
+      (return_call $f (i32.sub (local.get 0) (i32.const 1)))))"""
+    instance = Instance(Module(wat(text, "--enable-tail-call")))
+    assert instance.exports["f"](3 * chibishim.MAX_FRAMES) == 7
+
+
+def test_a_tail_call_to_the_host_returns_its_results(wat):
+    text = """(module (import "h" "g" (func $g (param i32) (result i32)))
+      (func (export "f") (param i32) (result i32) (return_call $g (local.get 0))))"""
+    instance = Instance(Module(wat(text, "--enable-tail-call")), {"h": {"g": lambda x: x + 1}})
+    assert instance.exports["f"](41) == 42
+
+
+def test_a_second_memory(wat):
+    text = """(module (memory 1) (memory $m (export "m") 1)
+      (func (export "f") (i32.store $m offset=4 (i32.const 0) (i32.const 258))))"""
+    instance = Instance(Module(wat(text, "--enable-multi-memory")))
+    instance.exports["f"]()
+    assert bytes(instance.exports["m"].view[:8]) == b"\0\0\0\0\2\1\0\0"
+
+
+@pytest.mark.parametrize("address", [0xFFFFFFFFFFFFFFFF, 1 << 63, 1 << 32, 65533])
+def test_a_64_bit_address_beyond_memory_traps(wat, address):
+    "I9"
+    text = '(module (memory i64 1) (func (export "f") (result i32) (i32.load offset=8 (i64.const %d))))' % address
+    with pytest.raises(Trap, match="out of bounds memory access"):
+        Instance(Module(wat(text, "--enable-memory64"))).exports["f"]()
+
+
+def test_vectors_are_bytes_for_the_embedder(wat):
+    text = """(module (func (export "f") (param v128) (result v128)
+      (i16x8.add (local.get 0) (i16x8.splat (i32.const 0xffff)))))"""
+    assert run(wat, text, "f", bytes(16)) == b"\xff" * 16
+    with pytest.raises(TypeError, match="not 16 bytes"):
+        run(wat, text, "f", b"")
+
+
 # -- chapter 5: types --
 
 
@@ -280,6 +322,36 @@ def test_bounds_are_said(data, error, message):
     "I3"
     with pytest.raises(error, match=message):
         Module(data).validate()
+
+
+def test_an_exception_reaches_its_handler_or_the_embedder():
+    # $throw: i32 -> throws it; $catch: calls $throw, gives what was thrown plus one
+    throw = b"\0\x20\0\x08\0\x0b"
+    catch = b"\0\2\x7f\x1f\x40\1\0\0\0\x20\0\x10\0\x0b\x41\0\x0b\x41\1\x6a\x0b"
+    data = (b"\0asm\1\0\0\0" + section(1, b"\x60\1\x7f\0", b"\x60\1\x7f\1\x7f") + section(3, b"\0", b"\1")
+            + section(13, b"\0\0") + section(7, b"\5throw\0\0", b"\5catch\0\1")
+            + section(10, leb128(len(throw)) + throw, leb128(len(catch)) + catch))
+    exports = Instance(Module(data)).exports
+    assert exports["catch"](41) == 42
+    with pytest.raises(chibishim.Thrown, match="uncaught exception") as caught:
+        exports["throw"](41)
+    assert caught.value.values == (41,)
+    assert caught.value.backtrace[0] is exports["throw"]
+
+
+def test_a_structure_is_an_opaque_object_for_the_embedder():
+    # (type (struct (field (mut i8)))); makes one of 0x1FF, and reads its field back, signed
+    make = b"\0\x41\xff\3\xfb\0\0\x0b"
+    read = b"\0\x20\0\xfb\3\0\0\x0b"
+    data = (b"\0asm\1\0\0\0" + section(1, b"\x5f\1\x78\1", b"\x60\0\1\x64\0", b"\x60\1\x63\0\1\x7f")
+            + section(3, b"\1", b"\2") + section(7, b"\4make\0\0", b"\4read\0\1")
+            + section(10, leb128(len(make)) + make, leb128(len(read)) + read))
+    exports = Instance(Module(data)).exports
+    assert exports["read"](exports["make"]()) == -1
+    with pytest.raises(Trap, match="null structure reference"):
+        exports["read"](None)
+    with pytest.raises(TypeError):
+        exports["read"](7)
 
 
 def test_a_table_too_large_is_exhaustion(wat):
