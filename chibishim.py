@@ -2758,7 +2758,10 @@ class Table:
         if minimum > MAX_TABLE_ELEMENTS:
             raise Exhaustion("table of %d elements: at most %d" % (minimum, MAX_TABLE_ELEMENTS))
         self.element, self.maximum, self.address = element, maximum, address
-        self.elements = [value] * minimum
+        try:
+            self.elements = [value] * minimum
+        except MemoryError:
+            raise Exhaustion("no memory for a table of %d elements" % minimum) from None
 
     def grow(self, count, value=None):
         """table.grow: the old size, or -1."""
@@ -2766,7 +2769,10 @@ class Table:
         limit = MAX_TABLE_ELEMENTS if self.maximum is None else min(self.maximum, MAX_TABLE_ELEMENTS)
         if old + count > limit:
             return -1
-        self.elements.extend([value] * count)
+        try:
+            self.elements.extend([value] * count)
+        except MemoryError:
+            return -1
         return old
 
 

@@ -1,6 +1,7 @@
 """Chapters 5 to 12: modules from the text format, through the embedding interface."""
 
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -357,6 +358,24 @@ def test_a_structure_is_an_opaque_object_for_the_embedder():
 def test_a_table_too_large_is_exhaustion(wat):
     with pytest.raises(Exhaustion, match="table"):
         Instance(Module(wat("(module (table 0xfffffff0 funcref))")))
+
+
+def test_a_table_that_finds_no_memory_is_exhaustion_or_does_not_grow():
+    "I7"
+    script = """if 1:
+        import resource, sys
+        sys.path.insert(0, %r)
+        import chibishim
+        table = chibishim.Table(chibishim.FUNCREF, 1)
+        resource.setrlimit(resource.RLIMIT_DATA, (1 << 25, 1 << 25))
+        print(table.grow(9000000), len(table.elements))
+        try:
+            chibishim.Table(chibishim.FUNCREF, 9000000)
+        except chibishim.Exhaustion as error:
+            print(error)
+        """ % os.path.dirname(chibishim.__file__)
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"-1 1\nno memory for a table of 9000000 elements\n"
 
 
 def test_a_type_may_be_many_levels_deep():
