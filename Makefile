@@ -5,7 +5,7 @@ SHARED ?= ../shared
 SHIM   := dist/containerd-shim-chibiwasm-v1
 PEERS  := containerd runc wabt protobuf-compiler
 
-.PHONY: all build demo test install uninstall clean
+.PHONY: all build demo test spec fuzz install uninstall clean
 
 all build: $(SHIM)
 
@@ -28,6 +28,14 @@ test: .venv/ready $(SHIM)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip -q install --disable-pip-version-check pytest
 	touch $@
+
+# The official suite of WebAssembly; SUITE is a group, GROUP/FILE or a directory.
+spec: .venv/ready
+	SHARED=$(SHARED) .venv/bin/python tests/run_spec.py $(SUITE)
+
+# Mutated modules: nothing but documented exceptions may come out.
+fuzz: .venv/ready
+	SHARED=$(SHARED) .venv/bin/python tests/fuzz.py $(or $(SECONDS),60)
 
 install: $(SHIM)
 	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-chibiwasm-v1

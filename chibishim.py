@@ -6,11 +6,11 @@ The module reads bottom-up: a chapter uses only chapters before it.
    2  Bytes                   a cursor: LEB128, names, vectors (core spec 5.2)
    3  Protobuf                message tables, encode, decode
    4  ttrpc                   frames, requests, responses: bytes in, bytes out
-   5  WebAssembly types       value, function, table, memory, global types (2.3)
+   5  WebAssembly types       number, reference and defined types, subtyping (2.3, 3.3)
    6  Instructions            the table: one row per instruction (5.4)
    7  Numerics                integer and float operations (4.3)
-   9  Handlers                from a row of the table to a function
-   8  Modules                 the binary format of everything but bodies (5.5, 3.4)
+   8  Handlers                from a row of the table to a function (4.6)
+   9  Modules                 the binary format of everything but bodies (5.5, 3.4)
   10  Store and instances     memories, tables, globals, linking (4.2, 4.5)
   11  Validation, translation one pass from bytes to basic blocks (3.3, A.3)
   12  Interpreter             the loop that executes blocks (4.4)
@@ -26,6 +26,7 @@ The module reads bottom-up: a chapter uses only chapters before it.
 """
 
 import _struct as struct
+import _weakref as weakref
 import errno
 import fcntl
 import mmap
@@ -72,6 +73,15 @@ class Exhaustion(Trap):
     """A limit of this implementation was reached: the call stack, most often."""
 
 
+class Thrown(WasmError):
+    """An exception of the guest (section 4.2.13): a tag and its values. It is what an
+    exnref refers to, and what the embedder gets where the guest has no handler."""
+
+    def __init__(self, tag, values):
+        super().__init__("uncaught exception")
+        self.tag, self.values, self.backtrace = tag, tuple(values), ()
+
+
 class Exit(Exception):
     """The guest called proc_exit; `args[0]` is the exit status. Not a WasmError:
     nothing went wrong."""
@@ -116,7 +126,11 @@ class Reader:
 
     def unsigned(self, bits=32):
         """uN ::= LEB128 of at most ceil(N/7) bytes"""
-        byte = self.byte()
+        position = self.position
+        if position >= self.end:
+            raise Malformed("unexpected end")
+        byte = self.data[position]
+        self.position = position + 1
         if byte < 0x80:
             return byte
         result = byte & 0x7F
@@ -131,11 +145,15 @@ class Reader:
 
     def signed(self, bits):
         """sN ::= signed LEB128 of at most ceil(N/7) bytes"""
-        result = 0
+        data, position, result = self.data, self.position, 0
         for shift in range(0, bits, 7):
-            byte = self.byte()
+            if position >= self.end:
+                raise Malformed("unexpected end")
+            byte = data[position]
+            position += 1
             result |= (byte & 0x7F) << shift
             if byte < 0x80:
+                self.position = position
                 if byte & 0x40:
                     result -= 0x80 << shift
                 if not -1 << bits - 1 <= result < 1 << bits - 1:
@@ -153,9 +171,12 @@ class Reader:
         except UnicodeDecodeError:
             raise Malformed("malformed UTF-8 encoding") from None
 
-    def vector(self, item):
+    def vector(self, item, limit=MAX_U32, what=""):
         """vec(B): a count and that many items, each read by `item()`."""
-        return [item() for _ in range(self.unsigned())]
+        count = self.unsigned()
+        if count > limit:
+            raise Invalid("%d %s: at most %d" % (count, what, limit))
+        return [item() for _ in range(count)]
 
 
 # === 3. Protobuf ==============================================================
@@ -520,74 +541,231 @@ class ServerProtocol:
 
 # === 5. WebAssembly types =====================================================
 #
-# Types are small immutable values that compare with ==: a value type is the
-# byte of its binary encoding (section 5.3), a function type a pair of tuples.
-# UNKNOWN is the bottom type of unreachable code.
+# Types are small immutable values that compare with ==. A number or vector type is
+# the byte of its binary encoding (section 5.3). A reference type is a pair (heap
+# type, whether null is one of its values); its heap type is the byte of an abstract
+# one, or a DefinedType. UNKNOWN is the bottom type of unreachable code.
+#
+# Defined types are compared by structure, also across modules, and may refer to
+# each other within a recursion group. So that comparing is cheap, a group's structure
+# is entered in a table once, and two types are equal if their places there are.
 
-I32, I64, F32, F64, V128, FUNCREF, EXTERNREF = 0x7F, 0x7E, 0x7D, 0x7C, 0x7B, 0x70, 0x6F
+I32, I64, F32, F64, V128, I8, I16 = 0x7F, 0x7E, 0x7D, 0x7C, 0x7B, 0x78, 0x77
 UNKNOWN = 0
-
-TYPE_NAMES = {I32: "i32", I64: "i64", F32: "f32", F64: "f64", V128: "v128",
-              FUNCREF: "funcref", EXTERNREF: "externref", UNKNOWN: "unknown"}
 NUMBER_TYPES = (I32, I64, F32, F64)
-REFERENCE_TYPES = (FUNCREF, EXTERNREF)
+TYPE_NAMES = {I32: "i32", I64: "i64", F32: "f32", F64: "f64", V128: "v128", I8: "i8", I16: "i16", UNKNOWN: "unknown"}
 TYPE_LETTERS = {"i": I32, "I": I64, "f": F32, "F": F64, "v": V128}
 
+ANY, EQ, I31_HEAP, STRUCT, ARRAY, NONE = 0x6E, 0x6D, 0x6C, 0x6B, 0x6A, 0x71
+FUNC, NOFUNC, EXTERN, NOEXTERN, EXN, NOEXN = 0x70, 0x73, 0x6F, 0x72, 0x69, 0x74
+HEAP_NAMES = {ANY: "any", EQ: "eq", I31_HEAP: "i31", STRUCT: "struct", ARRAY: "array", NONE: "none", FUNC: "func",
+              NOFUNC: "nofunc", EXTERN: "extern", NOEXTERN: "noextern", EXN: "exn", NOEXN: "noexn", UNKNOWN: "unknown"}
+HEAP_PARENTS = {EQ: ANY, I31_HEAP: EQ, STRUCT: EQ, ARRAY: EQ}
+HEAP_TOPS = {NONE: ANY, NOFUNC: FUNC, NOEXTERN: EXTERN, NOEXN: EXN}      # bottom -> top of its hierarchy
+FUNCREF, EXTERNREF, EXNREF = (FUNC, True), (EXTERN, True), (EXN, True)
+
 PAGE_BYTES = 65536
-MAX_PAGES = 65536
-MAX_LOCALS = 50000              # of one function; the JavaScript embedding's limit
+MAX_PAGES = 65536               # that this engine allocates
+MAX_PAGES_64 = 1 << 48          # that a 64-bit memory may declare
 MAX_FRAMES = 20000              # depth of the guest's call stack
-MAX_TABLE_ELEMENTS = 10000000   # the JavaScript embedding's limit
+MAX_FRAME_SLOTS = 8000000       # a function's frame times the depth it may be called at
+
+# What a module may contain, where the JavaScript API has a limit: the same.
+MAX_TYPES = 1000000
+MAX_SUPERTYPES = 63             # depth of a chain
+MAX_FIELDS = 10000
+MAX_PARAMS = MAX_RESULTS = 1000
+MAX_FUNCTIONS = 1000000
+MAX_TABLES = MAX_MEMORIES = 100
+MAX_LOCALS = 50000
+MAX_BODY_BYTES = 7654321
+MAX_TABLE_ELEMENTS = 10000000
+MAX_ARRAY_ELEMENTS = 10000000
 
 
-class FunctionType:
-    """functype ::= 0x60 resulttype resulttype; `params` and `results` are tuples."""
+class DefinedType:
+    """deftype: one type of a recursion group. `kind` is FUNC, STRUCT or ARRAY; `params`
+    and `results` are a function type's, `fields` the (storage type, mutable) of a
+    structure or of an array's elements. `identity` is equal for equal types; it is
+    set when the group is complete."""
 
-    __slots__ = ("params", "results")
+    __slots__ = ("kind", "params", "results", "fields", "supertype", "final", "depth", "identity")
 
-    def __init__(self, params, results):
-        self.params = tuple(params)
-        self.results = tuple(results)
+    def __init__(self, kind=None, params=(), results=(), fields=(), supertype=None, final=True):
+        self.kind, self.fields, self.supertype, self.final = kind, tuple(fields), supertype, final
+        self.params, self.results = tuple(params), tuple(results)
+        self.depth = 0 if supertype is None else supertype.depth + 1
 
     def __eq__(self, other):
-        return self.params == other.params and self.results == other.results
+        return self is other or isinstance(other, DefinedType) and self.identity == other.identity
 
     def __hash__(self):
-        return hash((self.params, self.results))
+        return hash(self.identity)
 
     def __str__(self):
-        return "[%s] -> [%s]" % (type_list(self.params), type_list(self.results))
+        if self.kind == FUNC:
+            return "[%s] -> [%s]" % (type_list(self.params), type_list(self.results))
+        return "%s {%s}" % (HEAP_NAMES[self.kind], type_list(type for type, _ in self.fields))
+
+    def matches(self, other):
+        """Whether this is `other` or declared as a subtype of it (3.3.9)."""
+        type = self
+        while type is not None:
+            if type == other:
+                return True
+            type = type.supertype
+        return False
+
+
+class FunctionType(DefinedType):
+    """functype, as an embedder writes it: a final type in a group of its own."""
+
+    __slots__ = ()
+
+    def __init__(self, params, results):
+        super().__init__(FUNC, params, results)
+        identify([self])
+
+
+class Identity:
+    """What equal recursion groups have in common; it is nothing but itself."""
+
+    __slots__ = ("__weakref__",)
+
+
+IDENTITIES = {}                 # structure of a group -> weak reference to its Identity
+
+
+def identify(group):
+    """Completes a recursion group, a list of DefinedTypes: sets their identities."""
+    places = {id(type): -1 - place for place, type in enumerate(group)}
+    structure = tuple([type_structure(type, places) for type in group])
+    known = IDENTITIES.get(structure)
+    identity = known and known()
+    if identity is None:
+        identity = Identity()
+        IDENTITIES[structure] = weakref.ref(identity, forget_identity(structure))
+    for place, type in enumerate(group):
+        type.identity = identity, place
+
+
+def forget_identity(structure):
+    """The callback that removes a group which no type is left of."""
+    def forget(reference):
+        if IDENTITIES.get(structure) is reference:
+            del IDENTITIES[structure]
+    return forget
+
+
+def type_structure(type, places):
+    """A type as nested tuples, in which a type of the same group is its negative
+    place and another one its identity."""
+    def value(type):
+        if type.__class__ is int or type[0].__class__ is int:
+            return type
+        return heap(type[0]), type[1]
+
+    def heap(type):
+        return places.get(id(type)) or type.identity
+    return (type.kind, type.final, type.supertype and heap(type.supertype), tuple(map(value, type.params)),
+            tuple(map(value, type.results)), tuple([(value(storage), mutable) for storage, mutable in type.fields]))
+
+
+def type_name(type):
+    """'i32', '(ref null func)', '(ref [i32] -> [])'"""
+    if type.__class__ is int:
+        return TYPE_NAMES[type]
+    heap, nullable = type
+    return "(ref %s%s)" % ("null " if nullable else "", HEAP_NAMES[heap] if heap.__class__ is int else
+                           heap.kind == FUNC and "func type" or HEAP_NAMES[heap.kind] + " type")
 
 
 def type_list(types):
     """'i32 i64' of (I32, I64)."""
-    return " ".join(TYPE_NAMES[t] for t in types)
+    return " ".join(map(type_name, types))
+
+
+def heap_matches(heap, other):
+    """Whether a heap type is a subtype of another (3.3.3)."""
+    if heap is other or heap == other or heap == UNKNOWN:
+        return True
+    if heap.__class__ is not int:
+        return heap.matches(other) if other.__class__ is not int else heap_matches(heap.kind, other)
+    if heap in HEAP_TOPS:
+        return top_of(other) == HEAP_TOPS[heap]
+    while heap in HEAP_PARENTS:
+        heap = HEAP_PARENTS[heap]
+        if heap == other:
+            return True
+    return False
+
+
+def top_of(heap):
+    """The top of a heap type's hierarchy: ANY, FUNC, EXTERN or EXN."""
+    if heap.__class__ is not int:
+        heap = heap.kind
+    while heap in HEAP_PARENTS:
+        heap = HEAP_PARENTS[heap]
+    return HEAP_TOPS.get(heap, heap)
+
+
+def type_matches(type, other):
+    """Whether a value of `type` may be used where `other` is wanted (3.3.5)."""
+    if type == other or type == UNKNOWN or other == UNKNOWN:
+        return True
+    return (type.__class__ is tuple and other.__class__ is tuple and (other[1] or not type[1])
+            and heap_matches(type[0], other[0]))
+
+
+def types_match(types, others):
+    """type_matches for a sequence."""
+    return len(types) == len(others) and all(map(type_matches, types, others))
+
+
+def subtype_fits(type):
+    """Whether a DefinedType may be a subtype of the supertype that it declares (3.4.2)."""
+    parent = type.supertype
+    if parent.final or parent.kind != type.kind or type.depth > MAX_SUPERTYPES:
+        return False
+    if type.kind == FUNC:
+        return types_match(parent.params, type.params) and types_match(type.results, parent.results)
+    return len(type.fields) >= len(parent.fields) and all(map(field_matches, type.fields, parent.fields))
+
+
+def field_matches(field, other):
+    """A mutable field must have the same type, an immutable one a subtype (3.3.8)."""
+    (type, mutable), (parent, parent_mutable) = field, other
+    return mutable == parent_mutable and type_matches(type, parent) and (not mutable or type_matches(parent, type))
+
+
+def defaultable(type):
+    """Whether a variable of this type starts without being set."""
+    return type.__class__ is int or type[1]
 
 
 class Limits:
-    """limits: `minimum` and `maximum` (None = no maximum), in pages or elements."""
+    """limits: `minimum` and `maximum` (None = no maximum), in pages or elements. With
+    `address` I64, addresses have 64 bits."""
 
-    __slots__ = ("minimum", "maximum")
+    __slots__ = ("minimum", "maximum", "address", "shared")
 
-    def __init__(self, minimum, maximum=None):
-        self.minimum = minimum
-        self.maximum = maximum
+    def __init__(self, minimum, maximum=None, address=I32, shared=False):
+        self.minimum, self.maximum, self.address, self.shared = minimum, maximum, address, shared
 
-    def admits(self, size, maximum):
-        """Whether an extern of `size` and `maximum` may be imported here (4.5.3)."""
-        if size < self.minimum:
+    def admits(self, size, extern):
+        """Whether a Memory or Table of `size` may be imported here (4.5.3)."""
+        if size < self.minimum or extern.address != self.address:
             return False
-        return self.maximum is None or maximum is not None and maximum <= self.maximum
+        return self.maximum is None or extern.maximum is not None and extern.maximum <= self.maximum
 
 
 class TableType:
-    """tabletype ::= reftype limits"""
+    """tabletype ::= reftype limits; `init` is the expression of its elements or None."""
 
-    __slots__ = ("element", "limits")
+    __slots__ = ("element", "limits", "init")
 
-    def __init__(self, element, limits):
-        self.element = element
-        self.limits = limits
+    def __init__(self, element, limits, init=None):
+        self.element, self.limits, self.init = element, limits, init
 
 
 class GlobalType:
@@ -606,16 +784,22 @@ class GlobalType:
 # meaning. The decoder, the validator, the interpreter and the disassembler read
 # the same rows.
 #
-# The type is written "operands:results" with i = i32, I = i64, f = f32, F = f64;
-# None means that it depends on the immediates or the context, and chapter 8 has
-# a method of that name. The meaning is a Python expression over the operands
-# {x} and {y}. Integers are held unsigned, floats as Python floats (an f32 is a
-# double that fits 32 bits); a comparison may yield True for 1. Two operands
-# have a form of their own: "load FORMAT [& MASK]" and "store FORMAT [& MASK]",
-# where FORMAT is a letter of the struct module.
-
-# A signed comparison needs no conversion: flipping the sign bit maps the order
-# of signed integers onto the order of unsigned ones.
+# The type is written "operands:results" with i = i32, I = i64, f = f32, F = f64,
+# v = v128; None means that it depends on the immediates or the context, and chapter
+# 11 has a method of that name. The meaning is a Python expression over the operands
+# {x}, {y} and {z}. Integers are held unsigned, floats as Python floats (an f32 is a
+# double that fits 32 bits), vectors as 16 bytes; a comparison may yield True for 1.
+#
+# What works lane by lane has the lanes' format in front, in the letters of the
+# struct module: "8h: {x} + {y}" unpacks each vector operand, computes lane by lane,
+# and packs. "8b@8>8h" takes the eight lanes from byte 8 on and packs the results in
+# another format. Scalar operands stand for themselves.
+#
+# What accesses memory or one lane starts with a verb and a format: "load b & 0xFF".
+# Chapter 8 has a table of the verbs, ACCESSES.
+#
+# A signed comparison of i32 or i64 needs no conversion: flipping the sign bit maps
+# the order of signed integers onto the order of unsigned ones.
 
 INSTRUCTIONS = (
     # Control (section 5.4.1)
@@ -625,6 +809,8 @@ INSTRUCTIONS = (
     (0x03, "loop",                "blocktype",     None, None),
     (0x04, "if",                  "blocktype",     None, None),
     (0x05, "else",                "",              None, None),
+    (0x08, "throw",               "tag",           None, None),
+    (0x0A, "throw_ref",           "",              None, None),
     (0x0B, "end",                 "",              None, None),
     (0x0C, "br",                  "label",         None, None),
     (0x0D, "br_if",               "label",         None, None),
@@ -632,10 +818,15 @@ INSTRUCTIONS = (
     (0x0F, "return",              "",              None, None),
     (0x10, "call",                "func",          None, None),
     (0x11, "call_indirect",       "type table",    None, None),
+    (0x12, "return_call",         "func",          None, None),
+    (0x13, "return_call_indirect", "type table",   None, None),
+    (0x14, "call_ref",            "type",          None, None),
+    (0x15, "return_call_ref",     "type",          None, None),
     # Reference, parametric, variable and table instructions (5.4.2 to 5.4.6)
     (0x1A, "drop",                "",              None, None),
     (0x1B, "select",              "",              None, None),
     (0x1C, "select_t",            "types",         None, None),
+    (0x1F, "try_table",           "blocktype catches", None, None),
     (0x20, "local.get",           "local",         None, None),
     (0x21, "local.set",           "local",         None, None),
     (0x22, "local.tee",           "local",         None, None),
@@ -802,9 +993,45 @@ INSTRUCTIONS = (
     (0xC2, "i64.extend8_s",       "", "I:I",  "({x} & 0xFF ^ 0x80) - 0x80 & 0xFFFFFFFFFFFFFFFF"),
     (0xC3, "i64.extend16_s",      "", "I:I",  "({x} & 0xFFFF ^ 0x8000) - 0x8000 & 0xFFFFFFFFFFFFFFFF"),
     (0xC4, "i64.extend32_s",      "", "I:I",  "({x} & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 & 0xFFFFFFFFFFFFFFFF"),
-    (0xD0, "ref.null",            "reftype",       None, None),
+    (0xD0, "ref.null",            "heaptype",      None, None),
     (0xD1, "ref.is_null",         "",              None, None),
     (0xD2, "ref.func",            "func",          None, None),
+    (0xD3, "ref.eq",              "",              None, None),
+    (0xD4, "ref.as_non_null",     "",              None, None),
+    (0xD5, "br_on_null",          "label",         None, None),
+    (0xD6, "br_on_non_null",      "label",         None, None),
+    # Aggregates: after the prefix byte 0xFB (5.4.2)
+    (0xFB00, "struct.new",         "type",         None, None),
+    (0xFB01, "struct.new_default", "type",         None, None),
+    (0xFB02, "struct.get",         "type field",   None, None),
+    (0xFB03, "struct.get_s",       "type field",   None, None),
+    (0xFB04, "struct.get_u",       "type field",   None, None),
+    (0xFB05, "struct.set",         "type field",   None, None),
+    (0xFB06, "array.new",          "type",         None, None),
+    (0xFB07, "array.new_default",  "type",         None, None),
+    (0xFB08, "array.new_fixed",    "type count",   None, None),
+    (0xFB09, "array.new_data",     "type data",    None, None),
+    (0xFB0A, "array.new_elem",     "type elem",    None, None),
+    (0xFB0B, "array.get",          "type",         None, None),
+    (0xFB0C, "array.get_s",        "type",         None, None),
+    (0xFB0D, "array.get_u",        "type",         None, None),
+    (0xFB0E, "array.set",          "type",         None, None),
+    (0xFB0F, "array.len",          "",             None, None),
+    (0xFB10, "array.fill",         "type",         None, None),
+    (0xFB11, "array.copy",         "type type",    None, None),
+    (0xFB12, "array.init_data",    "type data",    None, None),
+    (0xFB13, "array.init_elem",    "type elem",    None, None),
+    (0xFB14, "ref.test",           "heaptype",     None, None),
+    (0xFB15, "ref.test null",      "heaptype",     None, None),
+    (0xFB16, "ref.cast",           "heaptype",     None, None),
+    (0xFB17, "ref.cast null",      "heaptype",     None, None),
+    (0xFB18, "br_on_cast",         "castflags label heaptype heaptype", None, None),
+    (0xFB19, "br_on_cast_fail",    "castflags label heaptype heaptype", None, None),
+    (0xFB1A, "any.convert_extern", "",             None, None),
+    (0xFB1B, "extern.convert_any", "",             None, None),
+    (0xFB1C, "ref.i31",            "",             None, None),
+    (0xFB1D, "i31.get_s",          "",             None, None),
+    (0xFB1E, "i31.get_u",          "",             None, None),
     # After the prefix byte 0xFC
     (0xFC00, "i32.trunc_sat_f32_s", "", "f:i", "trunc_sat({x}, -0x80000000, 0x7FFFFFFF) & 0xFFFFFFFF"),
     (0xFC01, "i32.trunc_sat_f32_u", "", "f:i", "trunc_sat({x}, 0, 0xFFFFFFFF)"),
@@ -824,9 +1051,337 @@ INSTRUCTIONS = (
     (0xFC0F, "table.grow",        "table",         None, None),
     (0xFC10, "table.size",        "table",         None, None),
     (0xFC11, "table.fill",        "table",         None, None),
+    # Vectors: after the prefix byte 0xFD (5.4.9)
+    (0xFD00, "v128.load",                     "memarg", "i:v",   "load 16s"),
+    (0xFD01, "v128.load8x8_s",                "memarg", "i:v",   "widen 8b 8h"),
+    (0xFD02, "v128.load8x8_u",                "memarg", "i:v",   "widen 8B 8H"),
+    (0xFD03, "v128.load16x4_s",               "memarg", "i:v",   "widen 4h 4i"),
+    (0xFD04, "v128.load16x4_u",               "memarg", "i:v",   "widen 4H 4I"),
+    (0xFD05, "v128.load32x2_s",               "memarg", "i:v",   "widen 2i 2q"),
+    (0xFD06, "v128.load32x2_u",               "memarg", "i:v",   "widen 2I 2Q"),
+    (0xFD07, "v128.load8_splat",              "memarg", "i:v",   "load 1s * 16"),
+    (0xFD08, "v128.load16_splat",             "memarg", "i:v",   "load 2s * 8"),
+    (0xFD09, "v128.load32_splat",             "memarg", "i:v",   "load 4s * 4"),
+    (0xFD0A, "v128.load64_splat",             "memarg", "i:v",   "load 8s * 2"),
+    (0xFD0B, "v128.store",                    "memarg", "iv:",   "store 16s"),
+    (0xFD0C, "v128.const",                    "v128", None,    None),
+    (0xFD0D, "i8x16.shuffle",                 "lanes", None,    None),
+    (0xFD0E, "i8x16.swizzle",                 "", "vv:v",  "{y}.translate({x} + bytes(240))"),
+    (0xFD0F, "i8x16.splat",                   "", "i:v",   "bytes(({x} & 0xFF,)) * 16"),
+    (0xFD10, "i16x8.splat",                   "", "i:v",   "pack_u32({x} & 0xFFFF)[:2] * 8"),
+    (0xFD11, "i32x4.splat",                   "", "i:v",   "pack_u32({x}) * 4"),
+    (0xFD12, "i64x2.splat",                   "", "I:v",   "pack_u64({x}) * 2"),
+    (0xFD13, "f32x4.splat",                   "", "f:v",   "pack_u32(f32_bits({x})) * 4"),
+    (0xFD14, "f64x2.splat",                   "", "F:v",   "pack_f64({x}) * 2"),
+    (0xFD15, "i8x16.extract_lane_s",          "lane", "v:i",   "extract b & 0xFFFFFFFF"),
+    (0xFD16, "i8x16.extract_lane_u",          "lane", "v:i",   "extract B"),
+    (0xFD17, "i8x16.replace_lane",            "lane", "vi:v",  "replace B & 0xFF"),
+    (0xFD18, "i16x8.extract_lane_s",          "lane", "v:i",   "extract h & 0xFFFFFFFF"),
+    (0xFD19, "i16x8.extract_lane_u",          "lane", "v:i",   "extract H"),
+    (0xFD1A, "i16x8.replace_lane",            "lane", "vi:v",  "replace H & 0xFFFF"),
+    (0xFD1B, "i32x4.extract_lane",            "lane", "v:i",   "extract I"),
+    (0xFD1C, "i32x4.replace_lane",            "lane", "vi:v",  "replace I"),
+    (0xFD1D, "i64x2.extract_lane",            "lane", "v:I",   "extract Q"),
+    (0xFD1E, "i64x2.replace_lane",            "lane", "vI:v",  "replace Q"),
+    (0xFD1F, "f32x4.extract_lane",            "lane", "v:f",   "extract f"),
+    (0xFD20, "f32x4.replace_lane",            "lane", "vf:v",  "replace f"),
+    (0xFD21, "f64x2.extract_lane",            "lane", "v:F",   "extract d"),
+    (0xFD22, "f64x2.replace_lane",            "lane", "vF:v",  "replace d"),
+    (0xFD23, "i8x16.eq",                      "", "vv:v",  "16b: -({x} == {y})"),
+    (0xFD24, "i8x16.ne",                      "", "vv:v",  "16b: -({x} != {y})"),
+    (0xFD25, "i8x16.lt_s",                    "", "vv:v",  "16b: -({x} < {y})"),
+    (0xFD26, "i8x16.lt_u",                    "", "vv:v",  "16B>16b: -({x} < {y})"),
+    (0xFD27, "i8x16.gt_s",                    "", "vv:v",  "16b: -({x} > {y})"),
+    (0xFD28, "i8x16.gt_u",                    "", "vv:v",  "16B>16b: -({x} > {y})"),
+    (0xFD29, "i8x16.le_s",                    "", "vv:v",  "16b: -({x} <= {y})"),
+    (0xFD2A, "i8x16.le_u",                    "", "vv:v",  "16B>16b: -({x} <= {y})"),
+    (0xFD2B, "i8x16.ge_s",                    "", "vv:v",  "16b: -({x} >= {y})"),
+    (0xFD2C, "i8x16.ge_u",                    "", "vv:v",  "16B>16b: -({x} >= {y})"),
+    (0xFD2D, "i16x8.eq",                      "", "vv:v",  "8h: -({x} == {y})"),
+    (0xFD2E, "i16x8.ne",                      "", "vv:v",  "8h: -({x} != {y})"),
+    (0xFD2F, "i16x8.lt_s",                    "", "vv:v",  "8h: -({x} < {y})"),
+    (0xFD30, "i16x8.lt_u",                    "", "vv:v",  "8H>8h: -({x} < {y})"),
+    (0xFD31, "i16x8.gt_s",                    "", "vv:v",  "8h: -({x} > {y})"),
+    (0xFD32, "i16x8.gt_u",                    "", "vv:v",  "8H>8h: -({x} > {y})"),
+    (0xFD33, "i16x8.le_s",                    "", "vv:v",  "8h: -({x} <= {y})"),
+    (0xFD34, "i16x8.le_u",                    "", "vv:v",  "8H>8h: -({x} <= {y})"),
+    (0xFD35, "i16x8.ge_s",                    "", "vv:v",  "8h: -({x} >= {y})"),
+    (0xFD36, "i16x8.ge_u",                    "", "vv:v",  "8H>8h: -({x} >= {y})"),
+    (0xFD37, "i32x4.eq",                      "", "vv:v",  "4i: -({x} == {y})"),
+    (0xFD38, "i32x4.ne",                      "", "vv:v",  "4i: -({x} != {y})"),
+    (0xFD39, "i32x4.lt_s",                    "", "vv:v",  "4i: -({x} < {y})"),
+    (0xFD3A, "i32x4.lt_u",                    "", "vv:v",  "4I>4i: -({x} < {y})"),
+    (0xFD3B, "i32x4.gt_s",                    "", "vv:v",  "4i: -({x} > {y})"),
+    (0xFD3C, "i32x4.gt_u",                    "", "vv:v",  "4I>4i: -({x} > {y})"),
+    (0xFD3D, "i32x4.le_s",                    "", "vv:v",  "4i: -({x} <= {y})"),
+    (0xFD3E, "i32x4.le_u",                    "", "vv:v",  "4I>4i: -({x} <= {y})"),
+    (0xFD3F, "i32x4.ge_s",                    "", "vv:v",  "4i: -({x} >= {y})"),
+    (0xFD40, "i32x4.ge_u",                    "", "vv:v",  "4I>4i: -({x} >= {y})"),
+    (0xFD41, "f32x4.eq",                      "", "vv:v",  "4f>4i: -({x} == {y})"),
+    (0xFD42, "f32x4.ne",                      "", "vv:v",  "4f>4i: -({x} != {y})"),
+    (0xFD43, "f32x4.lt",                      "", "vv:v",  "4f>4i: -({x} < {y})"),
+    (0xFD44, "f32x4.gt",                      "", "vv:v",  "4f>4i: -({x} > {y})"),
+    (0xFD45, "f32x4.le",                      "", "vv:v",  "4f>4i: -({x} <= {y})"),
+    (0xFD46, "f32x4.ge",                      "", "vv:v",  "4f>4i: -({x} >= {y})"),
+    (0xFD47, "f64x2.eq",                      "", "vv:v",  "2d>2q: -({x} == {y})"),
+    (0xFD48, "f64x2.ne",                      "", "vv:v",  "2d>2q: -({x} != {y})"),
+    (0xFD49, "f64x2.lt",                      "", "vv:v",  "2d>2q: -({x} < {y})"),
+    (0xFD4A, "f64x2.gt",                      "", "vv:v",  "2d>2q: -({x} > {y})"),
+    (0xFD4B, "f64x2.le",                      "", "vv:v",  "2d>2q: -({x} <= {y})"),
+    (0xFD4C, "f64x2.ge",                      "", "vv:v",  "2d>2q: -({x} >= {y})"),
+    (0xFD4D, "v128.not",                      "", "v:v",   "2Q: {x} ^ 0xFFFFFFFFFFFFFFFF"),
+    (0xFD4E, "v128.and",                      "", "vv:v",  "2Q: {x} & {y}"),
+    (0xFD4F, "v128.andnot",                   "", "vv:v",  "2Q: {x} & ~{y}"),
+    (0xFD50, "v128.or",                       "", "vv:v",  "2Q: {x} | {y}"),
+    (0xFD51, "v128.xor",                      "", "vv:v",  "2Q: {x} ^ {y}"),
+    (0xFD52, "v128.bitselect",                "", "vvv:v", "2Q: {x} & {z} | {y} & ~{z}"),
+    (0xFD53, "v128.any_true",                 "", "v:i",   "any({x})"),
+    (0xFD54, "v128.load8_lane",               "memarg lane", "iv:v",  "load_lane 1s"),
+    (0xFD55, "v128.load16_lane",              "memarg lane", "iv:v",  "load_lane 2s"),
+    (0xFD56, "v128.load32_lane",              "memarg lane", "iv:v",  "load_lane 4s"),
+    (0xFD57, "v128.load64_lane",              "memarg lane", "iv:v",  "load_lane 8s"),
+    (0xFD58, "v128.store8_lane",              "memarg lane", "iv:",   "store_lane 1s"),
+    (0xFD59, "v128.store16_lane",             "memarg lane", "iv:",   "store_lane 2s"),
+    (0xFD5A, "v128.store32_lane",             "memarg lane", "iv:",   "store_lane 4s"),
+    (0xFD5B, "v128.store64_lane",             "memarg lane", "iv:",   "store_lane 8s"),
+    (0xFD5C, "v128.load32_zero",              "memarg", "i:v",   "load 4s + bytes(12)"),
+    (0xFD5D, "v128.load64_zero",              "memarg", "i:v",   "load 8s + bytes(8)"),
+    (0xFD5E, "f32x4.demote_f64x2_zero",       "", "v:v",   "2d>2f8x: quiet({x})"),
+    (0xFD5F, "f64x2.promote_low_f32x4",       "", "v:v",   "2f>2d: quiet({x})"),
+    (0xFD60, "i8x16.abs",                     "", "v:v",   "16b>16B: abs({x})"),
+    (0xFD61, "i8x16.neg",                     "", "v:v",   "16B: -{x} & 0xFF"),
+    (0xFD62, "i8x16.popcnt",                  "", "v:v",   "16B: bin({x}).count('1')"),
+    (0xFD63, "i8x16.all_true",                "", "v:i",   "all({x})"),
+    (0xFD64, "i8x16.bitmask",                 "", "v:i",   "bitmask('16b', {x})"),
+    (0xFD65, "i8x16.narrow_i16x8_s",          "", "vv:v",  "narrow({x} + {y}, '16h', '16b', -0x80, 0x7F)"),
+    (0xFD66, "i8x16.narrow_i16x8_u",          "", "vv:v",  "narrow({x} + {y}, '16h', '16B', 0, 0xFF)"),
+    (0xFD67, "f32x4.ceil",                    "", "v:v",   "4f: fceil({x})"),
+    (0xFD68, "f32x4.floor",                   "", "v:v",   "4f: ffloor({x})"),
+    (0xFD69, "f32x4.trunc",                   "", "v:v",   "4f: ftrunc({x})"),
+    (0xFD6A, "f32x4.nearest",                 "", "v:v",   "4f: fnearest({x})"),
+    (0xFD6B, "i8x16.shl",                     "", "vi:v",  "16B: {x} << ({y} & 7) & 0xFF"),
+    (0xFD6C, "i8x16.shr_s",                   "", "vi:v",  "16b: {x} >> ({y} & 7)"),
+    (0xFD6D, "i8x16.shr_u",                   "", "vi:v",  "16B: {x} >> ({y} & 7)"),
+    (0xFD6E, "i8x16.add",                     "", "vv:v",  "16B: {x} + {y} & 0xFF"),
+    (0xFD6F, "i8x16.add_sat_s",               "", "vv:v",  "16b: max(-0x80, min({x} + {y}, 0x7F))"),
+    (0xFD70, "i8x16.add_sat_u",               "", "vv:v",  "16B: min({x} + {y}, 0xFF)"),
+    (0xFD71, "i8x16.sub",                     "", "vv:v",  "16B: {x} - {y} & 0xFF"),
+    (0xFD72, "i8x16.sub_sat_s",               "", "vv:v",  "16b: max(-0x80, min({x} - {y}, 0x7F))"),
+    (0xFD73, "i8x16.sub_sat_u",               "", "vv:v",  "16B: max({x} - {y}, 0)"),
+    (0xFD74, "f64x2.ceil",                    "", "v:v",   "2d: fceil({x})"),
+    (0xFD75, "f64x2.floor",                   "", "v:v",   "2d: ffloor({x})"),
+    (0xFD76, "i8x16.min_s",                   "", "vv:v",  "16b: min({x}, {y})"),
+    (0xFD77, "i8x16.min_u",                   "", "vv:v",  "16B: min({x}, {y})"),
+    (0xFD78, "i8x16.max_s",                   "", "vv:v",  "16b: max({x}, {y})"),
+    (0xFD79, "i8x16.max_u",                   "", "vv:v",  "16B: max({x}, {y})"),
+    (0xFD7A, "f64x2.trunc",                   "", "v:v",   "2d: ftrunc({x})"),
+    (0xFD7B, "i8x16.avgr_u",                  "", "vv:v",  "16B: {x} + {y} + 1 >> 1"),
+    (0xFD7C, "i16x8.extadd_pairwise_i8x16_s", "", "v:v",   "add_pairs({x}, '16b', '8h')"),
+    (0xFD7D, "i16x8.extadd_pairwise_i8x16_u", "", "v:v",   "add_pairs({x}, '16B', '8H')"),
+    (0xFD7E, "i32x4.extadd_pairwise_i16x8_s", "", "v:v",   "add_pairs({x}, '8h', '4i')"),
+    (0xFD7F, "i32x4.extadd_pairwise_i16x8_u", "", "v:v",   "add_pairs({x}, '8H', '4I')"),
+    (0xFD80, "i16x8.abs",                     "", "v:v",   "8h>8H: abs({x})"),
+    (0xFD81, "i16x8.neg",                     "", "v:v",   "8H: -{x} & 0xFFFF"),
+    (0xFD82, "i16x8.q15mulr_sat_s",           "", "vv:v",  "8h: min({x} * {y} + 0x4000 >> 15, 0x7FFF)"),
+    (0xFD83, "i16x8.all_true",                "", "v:i",   "all(unpack_lanes('8H', {x}))"),
+    (0xFD84, "i16x8.bitmask",                 "", "v:i",   "bitmask('8h', {x})"),
+    (0xFD85, "i16x8.narrow_i32x4_s",          "", "vv:v",  "narrow({x} + {y}, '8i', '8h', -0x8000, 0x7FFF)"),
+    (0xFD86, "i16x8.narrow_i32x4_u",          "", "vv:v",  "narrow({x} + {y}, '8i', '8H', 0, 0xFFFF)"),
+    (0xFD87, "i16x8.extend_low_i8x16_s",      "", "v:v",   "8b>8h: {x}"),
+    (0xFD88, "i16x8.extend_high_i8x16_s",     "", "v:v",   "8b@8>8h: {x}"),
+    (0xFD89, "i16x8.extend_low_i8x16_u",      "", "v:v",   "8B>8H: {x}"),
+    (0xFD8A, "i16x8.extend_high_i8x16_u",     "", "v:v",   "8B@8>8H: {x}"),
+    (0xFD8B, "i16x8.shl",                     "", "vi:v",  "8H: {x} << ({y} & 15) & 0xFFFF"),
+    (0xFD8C, "i16x8.shr_s",                   "", "vi:v",  "8h: {x} >> ({y} & 15)"),
+    (0xFD8D, "i16x8.shr_u",                   "", "vi:v",  "8H: {x} >> ({y} & 15)"),
+    (0xFD8E, "i16x8.add",                     "", "vv:v",  "8H: {x} + {y} & 0xFFFF"),
+    (0xFD8F, "i16x8.add_sat_s",               "", "vv:v",  "8h: max(-0x8000, min({x} + {y}, 0x7FFF))"),
+    (0xFD90, "i16x8.add_sat_u",               "", "vv:v",  "8H: min({x} + {y}, 0xFFFF)"),
+    (0xFD91, "i16x8.sub",                     "", "vv:v",  "8H: {x} - {y} & 0xFFFF"),
+    (0xFD92, "i16x8.sub_sat_s",               "", "vv:v",  "8h: max(-0x8000, min({x} - {y}, 0x7FFF))"),
+    (0xFD93, "i16x8.sub_sat_u",               "", "vv:v",  "8H: max({x} - {y}, 0)"),
+    (0xFD94, "f64x2.nearest",                 "", "v:v",   "2d: fnearest({x})"),
+    (0xFD95, "i16x8.mul",                     "", "vv:v",  "8H: {x} * {y} & 0xFFFF"),
+    (0xFD96, "i16x8.min_s",                   "", "vv:v",  "8h: min({x}, {y})"),
+    (0xFD97, "i16x8.min_u",                   "", "vv:v",  "8H: min({x}, {y})"),
+    (0xFD98, "i16x8.max_s",                   "", "vv:v",  "8h: max({x}, {y})"),
+    (0xFD99, "i16x8.max_u",                   "", "vv:v",  "8H: max({x}, {y})"),
+    (0xFD9B, "i16x8.avgr_u",                  "", "vv:v",  "8H: {x} + {y} + 1 >> 1"),
+    (0xFD9C, "i16x8.extmul_low_i8x16_s",      "", "vv:v",  "8b>8h: {x} * {y}"),
+    (0xFD9D, "i16x8.extmul_high_i8x16_s",     "", "vv:v",  "8b@8>8h: {x} * {y}"),
+    (0xFD9E, "i16x8.extmul_low_i8x16_u",      "", "vv:v",  "8B>8H: {x} * {y}"),
+    (0xFD9F, "i16x8.extmul_high_i8x16_u",     "", "vv:v",  "8B@8>8H: {x} * {y}"),
+    (0xFDA0, "i32x4.abs",                     "", "v:v",   "4i>4I: abs({x})"),
+    (0xFDA1, "i32x4.neg",                     "", "v:v",   "4I: -{x} & 0xFFFFFFFF"),
+    (0xFDA3, "i32x4.all_true",                "", "v:i",   "all(unpack_lanes('4I', {x}))"),
+    (0xFDA4, "i32x4.bitmask",                 "", "v:i",   "bitmask('4i', {x})"),
+    (0xFDA7, "i32x4.extend_low_i16x8_s",      "", "v:v",   "4h>4i: {x}"),
+    (0xFDA8, "i32x4.extend_high_i16x8_s",     "", "v:v",   "4h@8>4i: {x}"),
+    (0xFDA9, "i32x4.extend_low_i16x8_u",      "", "v:v",   "4H>4I: {x}"),
+    (0xFDAA, "i32x4.extend_high_i16x8_u",     "", "v:v",   "4H@8>4I: {x}"),
+    (0xFDAB, "i32x4.shl",                     "", "vi:v",  "4I: {x} << ({y} & 31) & 0xFFFFFFFF"),
+    (0xFDAC, "i32x4.shr_s",                   "", "vi:v",  "4i: {x} >> ({y} & 31)"),
+    (0xFDAD, "i32x4.shr_u",                   "", "vi:v",  "4I: {x} >> ({y} & 31)"),
+    (0xFDAE, "i32x4.add",                     "", "vv:v",  "4I: {x} + {y} & 0xFFFFFFFF"),
+    (0xFDB1, "i32x4.sub",                     "", "vv:v",  "4I: {x} - {y} & 0xFFFFFFFF"),
+    (0xFDB5, "i32x4.mul",                     "", "vv:v",  "4I: {x} * {y} & 0xFFFFFFFF"),
+    (0xFDB6, "i32x4.min_s",                   "", "vv:v",  "4i: min({x}, {y})"),
+    (0xFDB7, "i32x4.min_u",                   "", "vv:v",  "4I: min({x}, {y})"),
+    (0xFDB8, "i32x4.max_s",                   "", "vv:v",  "4i: max({x}, {y})"),
+    (0xFDB9, "i32x4.max_u",                   "", "vv:v",  "4I: max({x}, {y})"),
+    (0xFDBA, "i32x4.dot_i16x8_s",             "", "vv:v",  "dot({x}, {y}, '8h', '4I', 0xFFFFFFFF)"),
+    (0xFDBC, "i32x4.extmul_low_i16x8_s",      "", "vv:v",  "4h>4i: {x} * {y}"),
+    (0xFDBD, "i32x4.extmul_high_i16x8_s",     "", "vv:v",  "4h@8>4i: {x} * {y}"),
+    (0xFDBE, "i32x4.extmul_low_i16x8_u",      "", "vv:v",  "4H>4I: {x} * {y}"),
+    (0xFDBF, "i32x4.extmul_high_i16x8_u",     "", "vv:v",  "4H@8>4I: {x} * {y}"),
+    (0xFDC0, "i64x2.abs",                     "", "v:v",   "2q>2Q: abs({x})"),
+    (0xFDC1, "i64x2.neg",                     "", "v:v",   "2Q: -{x} & 0xFFFFFFFFFFFFFFFF"),
+    (0xFDC3, "i64x2.all_true",                "", "v:i",   "all(unpack_lanes('2Q', {x}))"),
+    (0xFDC4, "i64x2.bitmask",                 "", "v:i",   "bitmask('2q', {x})"),
+    (0xFDC7, "i64x2.extend_low_i32x4_s",      "", "v:v",   "2i>2q: {x}"),
+    (0xFDC8, "i64x2.extend_high_i32x4_s",     "", "v:v",   "2i@8>2q: {x}"),
+    (0xFDC9, "i64x2.extend_low_i32x4_u",      "", "v:v",   "2I>2Q: {x}"),
+    (0xFDCA, "i64x2.extend_high_i32x4_u",     "", "v:v",   "2I@8>2Q: {x}"),
+    (0xFDCB, "i64x2.shl",                     "", "vi:v",  "2Q: {x} << ({y} & 63) & 0xFFFFFFFFFFFFFFFF"),
+    (0xFDCC, "i64x2.shr_s",                   "", "vi:v",  "2q: {x} >> ({y} & 63)"),
+    (0xFDCD, "i64x2.shr_u",                   "", "vi:v",  "2Q: {x} >> ({y} & 63)"),
+    (0xFDCE, "i64x2.add",                     "", "vv:v",  "2Q: {x} + {y} & 0xFFFFFFFFFFFFFFFF"),
+    (0xFDD1, "i64x2.sub",                     "", "vv:v",  "2Q: {x} - {y} & 0xFFFFFFFFFFFFFFFF"),
+    (0xFDD5, "i64x2.mul",                     "", "vv:v",  "2Q: {x} * {y} & 0xFFFFFFFFFFFFFFFF"),
+    (0xFDD6, "i64x2.eq",                      "", "vv:v",  "2q: -({x} == {y})"),
+    (0xFDD7, "i64x2.ne",                      "", "vv:v",  "2q: -({x} != {y})"),
+    (0xFDD8, "i64x2.lt_s",                    "", "vv:v",  "2q: -({x} < {y})"),
+    (0xFDD9, "i64x2.gt_s",                    "", "vv:v",  "2q: -({x} > {y})"),
+    (0xFDDA, "i64x2.le_s",                    "", "vv:v",  "2q: -({x} <= {y})"),
+    (0xFDDB, "i64x2.ge_s",                    "", "vv:v",  "2q: -({x} >= {y})"),
+    (0xFDDC, "i64x2.extmul_low_i32x4_s",      "", "vv:v",  "2i>2q: {x} * {y}"),
+    (0xFDDD, "i64x2.extmul_high_i32x4_s",     "", "vv:v",  "2i@8>2q: {x} * {y}"),
+    (0xFDDE, "i64x2.extmul_low_i32x4_u",      "", "vv:v",  "2I>2Q: {x} * {y}"),
+    (0xFDDF, "i64x2.extmul_high_i32x4_u",     "", "vv:v",  "2I@8>2Q: {x} * {y}"),
+    (0xFDE0, "f32x4.abs",                     "", "v:v",   "4I: {x} & 0x7FFFFFFF"),
+    (0xFDE1, "f32x4.neg",                     "", "v:v",   "4I: {x} ^ 0x80000000"),
+    (0xFDE3, "f32x4.sqrt",                    "", "v:v",   "4f: fsqrt({x})"),
+    (0xFDE4, "f32x4.add",                     "", "vv:v",  "4f: {x} + {y}"),
+    (0xFDE5, "f32x4.sub",                     "", "vv:v",  "4f: {x} - {y}"),
+    (0xFDE6, "f32x4.mul",                     "", "vv:v",  "4f: {x} * {y}"),
+    (0xFDE7, "f32x4.div",                     "", "vv:v",  "4f: fdiv({x}, {y})"),
+    (0xFDE8, "f32x4.min",                     "", "vv:v",  "4f: fmin({x}, {y})"),
+    (0xFDE9, "f32x4.max",                     "", "vv:v",  "4f: fmax({x}, {y})"),
+    (0xFDEA, "f32x4.pmin",                    "", "vv:v",  "4I: {y} if f32_from_bits({y}) < f32_from_bits({x}) else {x}"),
+    (0xFDEB, "f32x4.pmax",                    "", "vv:v",  "4I: {y} if f32_from_bits({x}) < f32_from_bits({y}) else {x}"),
+    (0xFDEC, "f64x2.abs",                     "", "v:v",   "2Q: {x} & 0x7FFFFFFFFFFFFFFF"),
+    (0xFDED, "f64x2.neg",                     "", "v:v",   "2Q: {x} ^ 0x8000000000000000"),
+    (0xFDEF, "f64x2.sqrt",                    "", "v:v",   "2d: fsqrt({x})"),
+    (0xFDF0, "f64x2.add",                     "", "vv:v",  "2d: {x} + {y}"),
+    (0xFDF1, "f64x2.sub",                     "", "vv:v",  "2d: {x} - {y}"),
+    (0xFDF2, "f64x2.mul",                     "", "vv:v",  "2d: {x} * {y}"),
+    (0xFDF3, "f64x2.div",                     "", "vv:v",  "2d: fdiv({x}, {y})"),
+    (0xFDF4, "f64x2.min",                     "", "vv:v",  "2d: fmin({x}, {y})"),
+    (0xFDF5, "f64x2.max",                     "", "vv:v",  "2d: fmax({x}, {y})"),
+    (0xFDF6, "f64x2.pmin",                    "", "vv:v",  "2Q: {y} if f64_from_bits({y}) < f64_from_bits({x}) else {x}"),
+    (0xFDF7, "f64x2.pmax",                    "", "vv:v",  "2Q: {y} if f64_from_bits({x}) < f64_from_bits({y}) else {x}"),
+    (0xFDF8, "i32x4.trunc_sat_f32x4_s",       "", "v:v",   "4f>4i: trunc_sat({x}, -0x80000000, 0x7FFFFFFF)"),
+    (0xFDF9, "i32x4.trunc_sat_f32x4_u",       "", "v:v",   "4f>4I: trunc_sat({x}, 0, 0xFFFFFFFF)"),
+    (0xFDFA, "f32x4.convert_i32x4_s",         "", "v:v",   "4i>4f: float({x})"),
+    (0xFDFB, "f32x4.convert_i32x4_u",         "", "v:v",   "4I>4f: float({x})"),
+    (0xFDFC, "i32x4.trunc_sat_f64x2_s_zero",  "", "v:v",   "2d>2i8x: trunc_sat({x}, -0x80000000, 0x7FFFFFFF)"),
+    (0xFDFD, "i32x4.trunc_sat_f64x2_u_zero",  "", "v:v",   "2d>2I8x: trunc_sat({x}, 0, 0xFFFFFFFF)"),
+    (0xFDFE, "f64x2.convert_low_i32x4_s",     "", "v:v",   "2i>2d: float({x})"),
+    (0xFDFF, "f64x2.convert_low_i32x4_u",     "", "v:v",   "2I>2d: float({x})"),
+    # Relaxed vectors: deterministic here, each does what its strict sibling does
+    (0xFD100, "i8x16.relaxed_swizzle",         "", "vv:v",  "{y}.translate({x} + bytes(240))"),
+    (0xFD101, "i32x4.relaxed_trunc_f32x4_s",     "", "v:v",   "4f>4i: trunc_sat({x}, -0x80000000, 0x7FFFFFFF)"),
+    (0xFD102, "i32x4.relaxed_trunc_f32x4_u",     "", "v:v",   "4f>4I: trunc_sat({x}, 0, 0xFFFFFFFF)"),
+    (0xFD103, "i32x4.relaxed_trunc_f64x2_s_zero", "", "v:v",   "2d>2i8x: trunc_sat({x}, -0x80000000, 0x7FFFFFFF)"),
+    (0xFD104, "i32x4.relaxed_trunc_f64x2_u_zero", "", "v:v",   "2d>2I8x: trunc_sat({x}, 0, 0xFFFFFFFF)"),
+    (0xFD105, "f32x4.relaxed_madd",              "", "vvv:v", "4f: to_f32({x} * {y}) + {z}"),
+    (0xFD106, "f32x4.relaxed_nmadd",             "", "vvv:v", "4f: {z} - to_f32({x} * {y})"),
+    (0xFD107, "f64x2.relaxed_madd",              "", "vvv:v", "2d: {x} * {y} + {z}"),
+    (0xFD108, "f64x2.relaxed_nmadd",             "", "vvv:v", "2d: {z} - {x} * {y}"),
+    (0xFD109, "i8x16.relaxed_laneselect",        "", "vvv:v", "2Q: {x} & {z} | {y} & ~{z}"),
+    (0xFD10A, "i16x8.relaxed_laneselect",        "", "vvv:v", "2Q: {x} & {z} | {y} & ~{z}"),
+    (0xFD10B, "i32x4.relaxed_laneselect",        "", "vvv:v", "2Q: {x} & {z} | {y} & ~{z}"),
+    (0xFD10C, "i64x2.relaxed_laneselect",        "", "vvv:v", "2Q: {x} & {z} | {y} & ~{z}"),
+    (0xFD10D, "f32x4.relaxed_min",               "", "vv:v",  "4f: fmin({x}, {y})"),
+    (0xFD10E, "f32x4.relaxed_max",               "", "vv:v",  "4f: fmax({x}, {y})"),
+    (0xFD10F, "f64x2.relaxed_min",               "", "vv:v",  "2d: fmin({x}, {y})"),
+    (0xFD110, "f64x2.relaxed_max",               "", "vv:v",  "2d: fmax({x}, {y})"),
+    (0xFD111, "i16x8.relaxed_q15mulr_s",         "", "vv:v",  "8h: min({x} * {y} + 0x4000 >> 15, 0x7FFF)"),
+    (0xFD112, "i16x8.relaxed_dot_i8x16_i7x16_s", "", "vv:v",  "dot({x}, {y}, '16b', '8H', 0xFFFF)"),
+    (0xFD113, "i32x4.relaxed_dot_i8x16_i7x16_add_s", "", "vvv:v", "dot_add({x}, {y}, {z})"),
+    # Atomic: after the prefix byte 0xFE (the threads proposal)
+    (0xFE00, "memory.atomic.notify",            "memarg", "ii:i",  "notify I"),
+    (0xFE01, "memory.atomic.wait32",            "memarg", "iiI:i", "wait I"),
+    (0xFE02, "memory.atomic.wait64",            "memarg", "iII:i", "wait Q"),
+    (0xFE03, "atomic.fence",                    "reserved", None,    None),
+    (0xFE10, "i32.atomic.load",                 "memarg", "i:i",   "atomic_load I"),
+    (0xFE11, "i64.atomic.load",                 "memarg", "i:I",   "atomic_load Q"),
+    (0xFE12, "i32.atomic.load8_u",              "memarg", "i:i",   "atomic_load B"),
+    (0xFE13, "i32.atomic.load16_u",             "memarg", "i:i",   "atomic_load H"),
+    (0xFE14, "i64.atomic.load8_u",              "memarg", "i:I",   "atomic_load B"),
+    (0xFE15, "i64.atomic.load16_u",             "memarg", "i:I",   "atomic_load H"),
+    (0xFE16, "i64.atomic.load32_u",             "memarg", "i:I",   "atomic_load I"),
+    (0xFE17, "i32.atomic.store",                "memarg", "ii:",   "atomic_store I"),
+    (0xFE18, "i64.atomic.store",                "memarg", "iI:",   "atomic_store Q"),
+    (0xFE19, "i32.atomic.store8",               "memarg", "ii:",   "atomic_store B"),
+    (0xFE1A, "i32.atomic.store16",              "memarg", "ii:",   "atomic_store H"),
+    (0xFE1B, "i64.atomic.store8",               "memarg", "iI:",   "atomic_store B"),
+    (0xFE1C, "i64.atomic.store16",              "memarg", "iI:",   "atomic_store H"),
+    (0xFE1D, "i64.atomic.store32",              "memarg", "iI:",   "atomic_store I"),
+    (0xFE1E, "i32.atomic.rmw.add",              "memarg", "ii:i",  "rmw I {x} + {y}"),
+    (0xFE1F, "i64.atomic.rmw.add",              "memarg", "iI:I",  "rmw Q {x} + {y}"),
+    (0xFE20, "i32.atomic.rmw8.add_u",           "memarg", "ii:i",  "rmw B {x} + {y}"),
+    (0xFE21, "i32.atomic.rmw16.add_u",          "memarg", "ii:i",  "rmw H {x} + {y}"),
+    (0xFE22, "i64.atomic.rmw8.add_u",           "memarg", "iI:I",  "rmw B {x} + {y}"),
+    (0xFE23, "i64.atomic.rmw16.add_u",          "memarg", "iI:I",  "rmw H {x} + {y}"),
+    (0xFE24, "i64.atomic.rmw32.add_u",          "memarg", "iI:I",  "rmw I {x} + {y}"),
+    (0xFE25, "i32.atomic.rmw.sub",              "memarg", "ii:i",  "rmw I {x} - {y}"),
+    (0xFE26, "i64.atomic.rmw.sub",              "memarg", "iI:I",  "rmw Q {x} - {y}"),
+    (0xFE27, "i32.atomic.rmw8.sub_u",           "memarg", "ii:i",  "rmw B {x} - {y}"),
+    (0xFE28, "i32.atomic.rmw16.sub_u",          "memarg", "ii:i",  "rmw H {x} - {y}"),
+    (0xFE29, "i64.atomic.rmw8.sub_u",           "memarg", "iI:I",  "rmw B {x} - {y}"),
+    (0xFE2A, "i64.atomic.rmw16.sub_u",          "memarg", "iI:I",  "rmw H {x} - {y}"),
+    (0xFE2B, "i64.atomic.rmw32.sub_u",          "memarg", "iI:I",  "rmw I {x} - {y}"),
+    (0xFE2C, "i32.atomic.rmw.and",              "memarg", "ii:i",  "rmw I {x} & {y}"),
+    (0xFE2D, "i64.atomic.rmw.and",              "memarg", "iI:I",  "rmw Q {x} & {y}"),
+    (0xFE2E, "i32.atomic.rmw8.and_u",           "memarg", "ii:i",  "rmw B {x} & {y}"),
+    (0xFE2F, "i32.atomic.rmw16.and_u",          "memarg", "ii:i",  "rmw H {x} & {y}"),
+    (0xFE30, "i64.atomic.rmw8.and_u",           "memarg", "iI:I",  "rmw B {x} & {y}"),
+    (0xFE31, "i64.atomic.rmw16.and_u",          "memarg", "iI:I",  "rmw H {x} & {y}"),
+    (0xFE32, "i64.atomic.rmw32.and_u",          "memarg", "iI:I",  "rmw I {x} & {y}"),
+    (0xFE33, "i32.atomic.rmw.or",               "memarg", "ii:i",  "rmw I {x} | {y}"),
+    (0xFE34, "i64.atomic.rmw.or",               "memarg", "iI:I",  "rmw Q {x} | {y}"),
+    (0xFE35, "i32.atomic.rmw8.or_u",            "memarg", "ii:i",  "rmw B {x} | {y}"),
+    (0xFE36, "i32.atomic.rmw16.or_u",           "memarg", "ii:i",  "rmw H {x} | {y}"),
+    (0xFE37, "i64.atomic.rmw8.or_u",            "memarg", "iI:I",  "rmw B {x} | {y}"),
+    (0xFE38, "i64.atomic.rmw16.or_u",           "memarg", "iI:I",  "rmw H {x} | {y}"),
+    (0xFE39, "i64.atomic.rmw32.or_u",           "memarg", "iI:I",  "rmw I {x} | {y}"),
+    (0xFE3A, "i32.atomic.rmw.xor",              "memarg", "ii:i",  "rmw I {x} ^ {y}"),
+    (0xFE3B, "i64.atomic.rmw.xor",              "memarg", "iI:I",  "rmw Q {x} ^ {y}"),
+    (0xFE3C, "i32.atomic.rmw8.xor_u",           "memarg", "ii:i",  "rmw B {x} ^ {y}"),
+    (0xFE3D, "i32.atomic.rmw16.xor_u",          "memarg", "ii:i",  "rmw H {x} ^ {y}"),
+    (0xFE3E, "i64.atomic.rmw8.xor_u",           "memarg", "iI:I",  "rmw B {x} ^ {y}"),
+    (0xFE3F, "i64.atomic.rmw16.xor_u",          "memarg", "iI:I",  "rmw H {x} ^ {y}"),
+    (0xFE40, "i64.atomic.rmw32.xor_u",          "memarg", "iI:I",  "rmw I {x} ^ {y}"),
+    (0xFE41, "i32.atomic.rmw.xchg",             "memarg", "ii:i",  "rmw I {y}"),
+    (0xFE42, "i64.atomic.rmw.xchg",             "memarg", "iI:I",  "rmw Q {y}"),
+    (0xFE43, "i32.atomic.rmw8.xchg_u",          "memarg", "ii:i",  "rmw B {y}"),
+    (0xFE44, "i32.atomic.rmw16.xchg_u",         "memarg", "ii:i",  "rmw H {y}"),
+    (0xFE45, "i64.atomic.rmw8.xchg_u",          "memarg", "iI:I",  "rmw B {y}"),
+    (0xFE46, "i64.atomic.rmw16.xchg_u",         "memarg", "iI:I",  "rmw H {y}"),
+    (0xFE47, "i64.atomic.rmw32.xchg_u",         "memarg", "iI:I",  "rmw I {y}"),
+    (0xFE48, "i32.atomic.rmw.cmpxchg",          "memarg", "iii:i", "cmpxchg I"),
+    (0xFE49, "i64.atomic.rmw.cmpxchg",          "memarg", "iII:I", "cmpxchg Q"),
+    (0xFE4A, "i32.atomic.rmw8.cmpxchg_u",       "memarg", "iii:i", "cmpxchg B"),
+    (0xFE4B, "i32.atomic.rmw16.cmpxchg_u",      "memarg", "iii:i", "cmpxchg H"),
+    (0xFE4C, "i64.atomic.rmw8.cmpxchg_u",       "memarg", "iII:I", "cmpxchg B"),
+    (0xFE4D, "i64.atomic.rmw16.cmpxchg_u",      "memarg", "iII:I", "cmpxchg H"),
+    (0xFE4E, "i64.atomic.rmw32.cmpxchg_u",      "memarg", "iII:I", "cmpxchg I"),
 )
 
-PREFIX_BYTES = (0xFC,)
+# The opcodes above are the prefix byte's digits and then the number's: 0xFD 0x0B
+# is 0xFD0B, and 0xFD 0x113 is 0xFD113.
+PREFIX_BYTES = (0xFB, 0xFC, 0xFD, 0xFE)
 
 
 # === 7. Numerics ==============================================================
@@ -1022,39 +1577,88 @@ def trunc_sat(x, low, high):
     return high if x >= high else int(x)
 
 
-# === 9. Handlers ==============================================================
+def lanes(format):
+    """(unpack, pack) of a vector's lanes; packing rounds doubles once to f32."""
+    access = struct.Struct("<" + format)
+    if "f" not in format:
+        return access.unpack_from, access.pack
+
+    def pack_floats(*values):
+        try:
+            return access.pack(*values)
+        except OverflowError:
+            return access.pack(*map(to_f32, values))
+    return access.unpack_from, pack_floats
+
+
+def bitmask(format, x):
+    """bitmask: bit i is the sign of lane i; `format` is signed."""
+    return sum((value < 0) << i for i, value in enumerate(struct.unpack("<" + format, x)))
+
+
+def unpack_lanes(format, x):
+    """A vector's lanes as a tuple."""
+    return struct.unpack("<" + format, x)
+
+
+def narrow(x, source, target, low, high):
+    """narrow: the lanes of two vectors, each saturated to the range of half its bits."""
+    return struct.pack("<" + target, *[max(low, min(value, high)) for value in struct.unpack("<" + source, x)])
+
+
+def add_pairs(x, source, target):
+    """extadd_pairwise: sums of neighbours."""
+    values = struct.unpack("<" + source, x)
+    return struct.pack("<" + target, *map(int.__add__, values[::2], values[1::2]))
+
+
+def dot(x, y, source, target, mask):
+    """dot: sums of neighbouring products, modulo 2**N."""
+    products = list(map(int.__mul__, struct.unpack("<" + source, x), struct.unpack("<" + source, y)))
+    return struct.pack("<" + target, *[a + b & mask for a, b in zip(products[::2], products[1::2])])
+
+
+def dot_add(x, y, z):
+    """relaxed_dot_i8x16_i7x16_add_s"""
+    sums = struct.unpack("<8h", dot(x, y, "16b", "8H", 0xFFFF))
+    return struct.pack("<4I", *[a + b + c & MAX_U32 for a, b, c in
+                                zip(sums[::2], sums[1::2], struct.unpack("<4I", z))])
+
+
+# === 8. Handlers ==============================================================
 #
 # A handler executes one instruction: handler(R, d, a, b), where R is the frame, a
 # list, and d, a, b say where in R the result and the operands are, or carry an
 # immediate. Handlers of regular instructions are made from the table's
 # expressions the first time that an instruction occurs in code that runs: a
 # program uses some sixty of them, and making all would cost more than running it.
+#
+# A reference is a Python object: None for null, a Function or HostFunction, an
+# Aggregate, an I31, a Thrown, or whatever an embedder passes as an externref.
 
 
 class Op:
     """A row of INSTRUCTIONS made ready for chapter 11: `params` (a list) and
-    `results` are value types, `shape` one of the constants below, `handler` None
-    until the instruction is first met, `width` the bytes of a memory access."""
+    `results` are value types, `shape` one of the constants below, `handler` and
+    `method` None until the instruction is first met, `width` the bytes of a memory
+    access or a lane."""
 
-    __slots__ = ("opcode", "name", "immediates", "shape", "params", "results", "meaning", "handler", "width")
+    __slots__ = ("opcode", "name", "immediates", "shape", "params", "results", "meaning", "handler", "method", "width")
 
     def __init__(self, opcode, name, immediates, type, meaning):
-        self.opcode, self.name, self.meaning, self.handler = opcode, name, meaning, None
+        self.opcode, self.name, self.meaning, self.handler, self.method = opcode, name, meaning, None, None
         self.immediates = immediates.split()
         params, results = type.split(":") if type else ("", "")
         self.params = [TYPE_LETTERS[letter] for letter in params]
         self.results = [TYPE_LETTERS[letter] for letter in results]
-        self.width = 0
-        if not type:
-            self.shape = IRREGULAR
-        elif immediates == "memarg":
-            self.shape = LOAD if results else STORE
-            self.width = struct.calcsize("<" + meaning.split()[1])
-        else:
-            self.shape = len(params)
+        self.width = struct.calcsize("<" + meaning.split()[1]) if type and immediates else 0
+        self.shape = len(params) if type and not immediates and len(params) < 3 else IRREGULAR
+        if immediates == "memarg":
+            self.shape = MEMORY_SHAPES.get(meaning.split()[0], IRREGULAR)
 
 
 IRREGULAR, UNARY, BINARY, LOAD, STORE = range(5)
+MEMORY_SHAPES = {"load": LOAD, "widen": LOAD, "store": STORE}
 OPS = {}                            # opcode -> the row, or the Op once it was used
 for _row in INSTRUCTIONS:
     OPS[_row[0]] = _row
@@ -1073,48 +1677,111 @@ def operation(opcode):
 def define(source, **names):
     """The function `handler` that `source` defines, over the numerics and `names`."""
     namespace = dict(globals(), **names)
-    exec(source, namespace)
+    exec("def handler(R, d, a, b):\n    " + "\n    ".join(source), namespace)
     return namespace["handler"]
 
 
+PLACES = {1: ("R[a]",), 2: ("R[a]", "R[b]"), 3: ("R[a]", "R[b[0]]", "R[b[1]]")}
+
+
 def numeric_handler(op):
-    """The handler of a unary or binary instruction, from the table's expression."""
-    meaning, prologue = op.meaning, ""
-    for operand, place in (("x", "R[a]"), ("y", "R[b]")):
-        name = "{%s}" % operand
-        if meaning.count(name) > 1:
-            prologue += "    %s = %s\n" % (operand, place)
-            place = operand
-        meaning = meaning.replace(name, place)
-    return define("def handler(R, d, a, b):\n%s    R[d] = %s\n" % (prologue, meaning))
+    """The handler of a regular instruction without immediates, from the table's
+    expression. Of three operands, the last two are slots in `b`."""
+    places, expression = PLACES[len(op.params)], op.meaning
+    if ": " in expression:
+        return lanewise_handler(op, *expression.split(": "), places)
+    names, source = {}, []
+    for name, place in zip("xyz", places):
+        names[name] = place
+        if expression.count("{%s}" % name) > 1:
+            source.append("%s = %s" % (name, place))
+            names[name] = name
+    return define(source + ["R[d] = " + expression.format(**names)])
 
 
-def memory_handler(op, memory):
-    """The handler of a load (d result, a address, b offset) or a store (d minus the offset,
-    a address, b value) on `memory`. The view is as long as the memory, so that the
-    struct module refuses what lies outside; execute() makes that a trap."""
-    verb, letter, *mask = op.meaning.split()
-    mask = " ".join(mask)
-    access = struct.Struct("<" + letter)
-    if letter == "f":
-        source = ("def handler(R, d, a, b):\n    R[d] = load_f32(memory.view, R[a] + b)\n" if verb == "load"
-                  else "def handler(R, d, a, b):\n    store_f32(memory.view, R[a] - d, R[b])\n")
-    elif verb == "load":
-        source = "def handler(R, d, a, b):\n    R[d] = access(memory.view, R[a] + b)[0] %s\n" % mask
-    else:
-        source = "def handler(R, d, a, b):\n    access(memory.view, R[a] - d, R[b] %s)\n" % mask
-    return define(source, memory=memory, access=access.unpack_from if verb == "load" else access.pack_into)
+def lanewise_handler(op, format, expression, places):
+    """The handler of a lane by lane operation, unrolled."""
+    source, _, target = format.partition(">")
+    source, _, offset = source.partition("@")
+    unpack, pack = lanes(source)[0], lanes(target or source)[1]
+    code, count = [], int(source[:-1])
+    for name, place, type in zip("xyz", places, op.params):
+        names = [name + str(lane) for lane in range(count)] if type == V128 else [name]
+        code.append("%s = %s" % (", ".join(names), "unpack(%s, %d)" % (place, int(offset or 0)) if type == V128 else place))
+    scalar = {name: name for name, type in zip("xyz", op.params) if type != V128}
+    values = [expression.format(**{name: scalar.get(name, name + str(lane)) for name in "xyz"}) for lane in range(count)]
+    return define(code + ["R[d] = pack(%s)" % ", ".join(values)], unpack=unpack, pack=pack)
 
 
-def load_f32(view, address):
-    """f32.load: by way of the bits if it is a NaN."""
-    value = struct.unpack_from("<f", view, address)[0]
-    return value if value == value else f32_from_bits(struct.unpack_from("<I", view, address)[0])
+# What the verbs of memory accesses and lane accesses do. {at} is the address and {rest}
+# what follows the format in the table. A load has its address in slot a and the offset
+# in b; a store the offset, negative, in d and the value in slot b; all others have
+# (offset, slots or lane …) in b.
+ACCESSES = {
+    "load": ("R[d] = unpack(memory.view, {at})[0] {rest}",),
+    "widen": ("R[d] = widen(*unpack(memory.view, {at}))",),
+    "store": ("pack(memory.view, {at}, R[b] {rest})",),
+    "load_lane": ("_, slot, lane = b", "vector = R[slot]",
+                  "R[d] = vector[:lane] + unpack(memory.view, {at})[0] + vector[lane + width:]"),
+    "store_lane": ("_, slot, lane = b", "pack(memory.view, {at}, R[slot][lane:lane + width])"),
+    "extract": ("R[d] = unpack(R[a], b)[0] {rest}",),
+    "replace": ("slot, lane = b", "vector = bytearray(R[a])", "pack(vector, lane, R[slot] {rest})", "R[d] = bytes(vector)"),
+    "atomic_load": ("R[d] = unpack(memory.view, aligned({at}, width))[0]",),
+    "atomic_store": ("pack(memory.view, aligned({at}, width), R[b[1]] & mask)",),
+    "rmw": ("address = aligned({at}, width)", "x, y = unpack(memory.view, address)[0], R[b[1]]",
+            "pack(memory.view, address, {rest} & mask)", "R[d] = x"),
+    "cmpxchg": ("address = aligned({at}, width)", "x = unpack(memory.view, address)[0]", "if x == R[b[1]]:",
+                "    pack(memory.view, address, R[b[2]] & mask)", "R[d] = x"),
+    "notify": ("unpack(memory.view, aligned({at}, width))", "R[d] = 0"),
+    "wait": ("x = unpack(memory.view, aligned({at}, width))[0]", "R[d] = wait(memory, x == R[b[1]], R[b[2]])"),
+}
 
 
-def store_f32(view, address, value):
-    """f32.store: by way of the bits if it is a NaN."""
-    struct.pack_into("<I", view, address, f32_bits(value))
+def access_handler(op, memory=None):
+    """The handler of an access to `memory` or to a lane. A memory's view is as long as
+    the memory, so that the struct module refuses what lies outside; execute() makes
+    that a trap."""
+    verb, letter, *rest = op.meaning.split(None, 2)
+    rest = "".join(rest)
+    access, mask = struct.Struct("<" + letter), (1 << 8 * op.width) - 1
+    unpack, pack = (unpack_f32_at, pack_f32_at) if letter == "f" else (access.unpack_from, access.pack_into)
+    widen = struct.Struct("<" + rest).pack if verb == "widen" else None
+    at = {"load": "R[a] + b", "widen": "R[a] + b", "store": "R[a] - d"}.get(verb, "R[a] + b[0]")
+    if memory and memory.address == I64 or sys.maxsize < 1 << 34:
+        at = "min(%s, %d)" % (at, sys.maxsize)      # which is out of bounds, and fits the struct module
+    rest = "(%s)" % rest.format(x="x", y="y") if verb == "rmw" else rest
+    source = [line.format(at=at, rest=rest) for line in ACCESSES[verb]]
+    return define(source, memory=memory, unpack=unpack, pack=pack, widen=widen, width=op.width, mask=mask)
+
+
+def unpack_f32_at(buffer, address):
+    """The f32 at an address, in a tuple: by way of the bits if it is a NaN."""
+    value = struct.unpack_from("<f", buffer, address)
+    return value if value[0] == value[0] else (f32_from_bits(struct.unpack_from("<I", buffer, address)[0]),)
+
+
+def pack_f32_at(buffer, address, value):
+    """Writes an f32: by way of the bits if it is a NaN."""
+    struct.pack_into("<I", buffer, address, f32_bits(value))
+
+
+def aligned(address, width):
+    """The address of an atomic access, which must be a multiple of its width."""
+    if address % width:
+        raise Trap("unaligned atomic")
+    return address
+
+
+def wait(memory, is_equal, timeout_ns):
+    """memory.atomic.wait: 1 not equal, 2 timed out. There is one agent, so nobody could
+    wake it: a wait ends at once, and one without a timeout is a deadlock."""
+    if not memory.shared:
+        raise Trap("expected shared memory")
+    if not is_equal:
+        return 1
+    if timeout_ns >> 63:
+        raise Trap("deadlock: the only agent waits forever")
+    return 2
 
 
 def out_of_bounds(what):
@@ -1127,6 +1794,11 @@ def do_move(R, d, a, b):
 
 def do_select(R, d, a, b):
     R[d] = R[a] if R[b[1]] else R[b[0]]
+
+
+def do_shuffle(R, d, a, b):
+    slot, indices = b
+    R[d] = indices.translate(R[a] + R[slot] + bytes(224))
 
 
 def do_unreachable(R, d, a, b):
@@ -1149,6 +1821,230 @@ def do_ref_func(R, d, a, b):
     R[d] = a.functions[b]
 
 
+def do_ref_eq(R, d, a, b):
+    x, y = R[a], R[b]
+    R[d] = x is y or x.__class__ is I31 and y.__class__ is I31 and x == y
+
+
+def do_ref_as_non_null(R, d, a, b):
+    if R[a] is None:
+        raise Trap("null reference")
+    R[d] = R[a]
+
+
+def do_ref_test(R, d, a, b):
+    R[d] = reference_matches(R[a], *b)
+
+
+def do_ref_cast(R, d, a, b):
+    if not reference_matches(R[a], *b):
+        raise Trap("cast failure")
+    R[d] = R[a]
+
+
+def reference_matches(reference, heap, nullable):
+    """Whether a reference, of the hierarchy of `heap`, has this type (4.2.1)."""
+    if reference is None:
+        return nullable
+    if heap in (EXTERN, EXN, ANY, FUNC):
+        return True                     # the top of its hierarchy
+    type = I31_HEAP if reference.__class__ is I31 else getattr(reference, "type", None)
+    if heap in (NOEXTERN, NOEXN) or not isinstance(type, (int, DefinedType)):
+        return False                    # an external object that was made an anyref
+    return heap_matches(type, heap)
+
+
+def do_ref_i31(R, d, a, b):
+    R[d] = I31(R[a] & 0x7FFFFFFF)
+
+
+def do_i31_get_u(R, d, a, b):
+    if R[a] is None:
+        raise Trap("null i31 reference")
+    R[d] = int(R[a])
+
+
+def do_i31_get_s(R, d, a, b):
+    if R[a] is None:
+        raise Trap("null i31 reference")
+    R[d] = signed(int(R[a]), 31) & MAX_U32
+
+
+class I31(int):
+    """An unboxed scalar, an i31ref: told from an embedder's int by its class."""
+
+    __slots__ = ()
+
+
+class Aggregate:
+    """A structure or an array: its DefinedType and the list of its fields, packed
+    ones unsigned."""
+
+    __slots__ = ("type", "fields")
+
+    def __init__(self, type, fields):
+        self.type, self.fields = type, fields
+
+
+def fields_of(reference, what):
+    """The fields of an aggregate; a trap for null."""
+    if reference is None:
+        raise Trap("null %s reference" % what)
+    return reference.fields
+
+
+def do_struct_new(R, d, a, b):
+    R[d] = Aggregate(a, [R[slot] for slot in b])
+
+
+def do_struct_new_packed(R, d, a, b):
+    R[d] = Aggregate(a, [packed(R[slot], storage) for slot, (storage, _) in zip(b, a.fields)])
+
+
+def do_struct_new_default(R, d, a, b):
+    R[d] = Aggregate(a, [zero(storage) for storage, _ in a.fields])
+
+
+def do_struct_get(R, d, a, b):
+    R[d] = fields_of(R[a], "structure")[b]
+
+
+def do_struct_get_s(R, d, a, b):
+    field, bits = b
+    R[d] = signed(fields_of(R[a], "structure")[field], bits) & MAX_U32
+
+
+def do_struct_set(R, d, a, b):
+    slot, field, storage = b
+    fields_of(R[a], "structure")[field] = packed(R[slot], storage)
+
+
+def packed(value, storage):
+    """A value as a field of this storage type holds it."""
+    return value & 0xFF if storage == I8 else value & 0xFFFF if storage == I16 else value
+
+
+def zero(type):
+    """The default value of a value or storage type (4.2.1)."""
+    return ZERO.get(type)
+
+
+ZERO = {I32: 0, I64: 0, F32: 0.0, F64: 0.0, V128: bytes(16), I8: 0, I16: 0}
+
+
+def do_array_new(R, d, a, b):
+    R[d] = new_array(a, [packed(R[b[0]], a.fields[0][0])], R[b[1]])
+
+
+def do_array_new_default(R, d, a, b):
+    R[d] = new_array(a, [zero(a.fields[0][0])], R[b])
+
+
+def new_array(type, fields, count=1):
+    if len(fields) * count > MAX_ARRAY_ELEMENTS:
+        raise Exhaustion("array of %d elements: at most %d" % (len(fields) * count, MAX_ARRAY_ELEMENTS))
+    return Aggregate(type, fields * count)
+
+
+def do_array_new_fixed(R, d, a, b):
+    storage = a.fields[0][0]
+    R[d] = new_array(a, [packed(R[slot], storage) for slot in b])
+
+
+def do_array_new_data(R, d, a, b):
+    type, segments, index = a
+    R[d] = new_array(type, elements_of_data(type, segments[index], R[b[0]], R[b[1]]))
+
+
+def do_array_new_elem(R, d, a, b):
+    type, segments, index = a
+    start, count = R[b[0]], R[b[1]]
+    if start + count > len(segments[index]):
+        raise out_of_bounds("table")
+    R[d] = new_array(type, list(segments[index][start:start + count]))
+
+
+STORAGE_FORMATS = {I8: "B", I16: "H", I32: "I", I64: "Q", F32: "I", F64: "d", V128: "16s"}
+
+
+def elements_of_data(type, data, start, count):
+    """The `count` elements of an array that a data segment holds from `start` on."""
+    storage = type.fields[0][0]
+    access = struct.Struct("<" + STORAGE_FORMATS[storage])
+    data = data or b""
+    if start + count * access.size > len(data):
+        raise out_of_bounds("memory")
+    values = [value for value, in access.iter_unpack(data[start:start + count * access.size])]
+    return list(map(f32_from_bits, values)) if storage == F32 else values
+
+
+def elements_at(reference, index, count=1):
+    """The list of an array's elements, where that many lie at `index`."""
+    elements = fields_of(reference, "array")
+    if index + count > len(elements):
+        raise out_of_bounds("array")
+    return elements
+
+
+def do_array_get(R, d, a, b):
+    R[d] = elements_at(R[a], R[b])[R[b]]
+
+
+def do_array_get_s(R, d, a, b):
+    slot, bits = b
+    R[d] = signed(elements_at(R[a], R[slot])[R[slot]], bits) & MAX_U32
+
+
+def do_array_set(R, d, a, b):
+    array, index, value = (R[slot] for slot in b)
+    elements_at(array, index)[index] = packed(value, a)
+
+
+def do_array_len(R, d, a, b):
+    R[d] = len(fields_of(R[a], "array"))
+
+
+def do_array_fill(R, d, a, b):
+    array, start, value, count = (R[slot] for slot in b)
+    elements_at(array, start, count)[start:start + count] = [packed(value, a)] * count
+
+
+def do_array_copy(R, d, a, b):
+    array, to, source, start, count = (R[slot] for slot in b)
+    elements = elements_at(array, to, count)
+    elements[to:to + count] = elements_at(source, start, count)[start:start + count]
+
+
+def do_array_init_data(R, d, a, b):
+    type, segments, index = a
+    array, to, start, count = (R[slot] for slot in b)
+    elements = elements_at(array, to, count)
+    elements[to:to + count] = elements_of_data(type, segments[index], start, count)
+
+
+def do_array_init_elem(R, d, a, b):
+    segments, index = a
+    array, to, start, count = (R[slot] for slot in b)
+    elements = elements_at(array, to, count)
+    if start + count > len(segments[index]):
+        raise out_of_bounds("table")
+    elements[to:to + count] = segments[index][start:start + count]
+
+
+def do_table_callee(R, d, a, b):
+    """The function that call_indirect finds in its table."""
+    table, type = a
+    index = R[b]
+    if index >= len(table.elements):
+        raise Trap("undefined element")
+    callee = table.elements[index]
+    if callee is None:
+        raise Trap("uninitialized element %d" % index)
+    if callee.type is not type and not callee.type.matches(type):
+        raise Trap("indirect call type mismatch")
+    R[d] = callee
+
+
 def do_table_get(R, d, a, b):
     try:
         R[d] = a.elements[R[b]]
@@ -1168,7 +2064,10 @@ def do_table_size(R, d, a, b):
 
 
 def do_table_grow(R, d, a, b):
-    R[d] = a.grow(R[b[1]], R[b[0]]) & MAX_U32
+    R[d] = a.grow(R[b[1]], R[b[0]]) & ADDRESS_MASKS[a.address]
+
+
+ADDRESS_MASKS = {I32: MAX_U32, I64: MAX_U64}
 
 
 def do_table_fill(R, d, a, b):
@@ -1206,7 +2105,7 @@ def do_memory_size(R, d, a, b):
 
 
 def do_memory_grow(R, d, a, b):
-    R[d] = a.grow(R[b]) & MAX_U32
+    R[d] = a.grow(R[b]) & ADDRESS_MASKS[a.address]
 
 
 def do_memory_fill(R, d, a, b):
@@ -1239,7 +2138,7 @@ def copy_bytes(view, to, source, start, count):
     view[to:to + count] = source[start:start + count]
 
 
-# === 8. Modules ===============================================================
+# === 9. Modules ===============================================================
 #
 # The decoder of everything but function bodies (section 5.5). In: the bytes of
 # a module, or a mapping of its file. Out: a Module, whose sections are lists of
@@ -1247,12 +2146,12 @@ def copy_bytes(view, to, source, start, count):
 # allows it (appendix A.2), and a program that prints a line executes one function
 # in six. What can be checked without bodies is checked here.
 
-EXTERN_KINDS = ("func", "table", "memory", "global")
+EXTERN_KINDS = ("func", "table", "memory", "global", "tag")
 
 
 class Import:
     """import ::= module name, item name, kind of EXTERN_KINDS and its type: an index
-    of Module.types for a function, else a TableType, Limits or GlobalType."""
+    of Module.types for a function or tag, else a TableType, Limits or GlobalType."""
 
     __slots__ = ("module", "name", "kind", "type")
 
@@ -1262,8 +2161,8 @@ class Import:
 
 class Segment:
     """An element or data segment: `mode` is "active", "passive" or "declarative";
-    `index` the table or memory and `offset` the expression of an active one;
-    `items` a list of expressions, or the bytes."""
+    `index` the table or memory and `offset` the expression of an active one; `items`
+    a list of function indices or expressions, or the bytes."""
 
     __slots__ = ("mode", "index", "offset", "type", "items")
 
@@ -1272,7 +2171,9 @@ class Segment:
 
 
 class Body:
-    """A function's code: `data[start:end]`, locals first; or a constant expression."""
+    """A function's code: `data[start:end]`, locals first. Of a constant expression,
+    which has no locals, only what is more than one instruction: that is held as
+    (opcode, immediate)."""
 
     __slots__ = ("start", "end")
 
@@ -1289,13 +2190,14 @@ class Module:
 
     def __init__(self, data):
         self.data = data
-        self.types = []
+        self.types = []             # DefinedType
         self.imports = []
         self.functions = []         # type index of every function, imports first
         self.tables = []            # TableType of every table, imports first
         self.memories = []          # Limits
         self.globals = []           # GlobalType
-        self.global_inits = []      # Body of every global that is not imported
+        self.global_inits = []      # expression of every global that is not imported
+        self.tags = []              # type index of every tag, imports first
         self.exports = {}           # name -> (kind, index)
         self.start = None
         self.elements = []
@@ -1304,8 +2206,11 @@ class Module:
         self.datas = []
         self.customs = []           # (name, start, end) of every custom section
         self.declared = set()       # functions that ref.func may name in bodies
+        self.names = None           # of functions, when they are asked for
+        self.shell = None           # see shell_of()
         ModuleDecoder(self).decode()
         check_module(self)
+        self.shell = None
 
     @property
     def imported_functions(self):
@@ -1313,7 +2218,7 @@ class Module:
         return len(self.functions) - len(self.bodies)
 
     def function_type(self, index):
-        """The FunctionType of function `index`."""
+        """The DefinedType of function `index`."""
         return self.types[self.functions[index]]
 
     def validate(self):
@@ -1323,7 +2228,9 @@ class Module:
     def function_names(self):
         """{function index: name} of the name section's subsection 1, or {} where
         there is none or it is damaged: names are a courtesy, never an error."""
-        names = {}
+        if self.names is not None:
+            return self.names
+        names = self.names = {}
         for name, start, end in self.customs:
             if name != "name":
                 continue
@@ -1342,7 +2249,52 @@ class Module:
         return names
 
 
-class ModuleDecoder(Reader):
+class TypeReader(Reader):
+    """A cursor that reads types; `types` is what type indices refer to."""
+
+    __slots__ = ("types",)
+
+    def value_type(self):
+        """valtype ::= numtype | vectype | reftype"""
+        type = self.byte()
+        if I32 >= type >= V128:
+            return type
+        self.position -= 1
+        return self.reference_type("malformed value type")
+
+    def storage_type(self):
+        """storagetype ::= valtype | 0x78 | 0x77"""
+        type = self.byte()
+        if type in (I8, I16):
+            return type
+        self.position -= 1
+        return self.value_type()
+
+    def reference_type(self, error="malformed reference type"):
+        """reftype ::= 0x63 heaptype | 0x64 heaptype | absheaptype"""
+        type = self.byte()
+        if type in HEAP_NAMES and type != UNKNOWN:
+            return type, True
+        if type not in (0x63, 0x64):
+            raise Malformed(error)
+        return self.heap_type(), type == 0x63
+
+    def heap_type(self):
+        """heaptype ::= absheaptype | s33 type index"""
+        index = self.signed(33)
+        if index >= 0:
+            return self.type_at(index)
+        if index & 0x7F not in HEAP_NAMES or index < -64:
+            raise Malformed("malformed heap type")
+        return index & 0x7F
+
+    def type_at(self, index):
+        """The DefinedType with this index."""
+        check_index("type", index, self.types)
+        return self.types[index]
+
+
+class ModuleDecoder(TypeReader):
     """Reads the sections into `module`; one method for each nonterminal of
     section 5.5."""
 
@@ -1351,6 +2303,7 @@ class ModuleDecoder(Reader):
     def __init__(self, module):
         super().__init__(module.data)
         self.module = module
+        self.types = module.types
 
     def decode(self):
         """module ::= magic version section*"""
@@ -1365,7 +2318,7 @@ class ModuleDecoder(Reader):
             size = self.unsigned()
             stop = self.position + size
             if stop > whole:
-                raise Malformed("length out of bounds" if section <= 12 else "malformed section id")
+                raise Malformed("length out of bounds" if section <= 13 else "malformed section id")
             self.end = stop
             if section:
                 if section not in SECTION_ORDER:
@@ -1390,80 +2343,132 @@ class ModuleDecoder(Reader):
     def count_imports(self, kind):
         return sum(i.kind == kind for i in self.module.imports)
 
-    def value_type(self):
-        """valtype ::= numtype | vectype | reftype"""
-        type = self.byte()
-        if type not in TYPE_NAMES or type == UNKNOWN:
-            raise Malformed("malformed value type")
-        return type
-
-    def reference_type(self):
-        """reftype ::= 0x70 | 0x6F"""
-        type = self.byte()
-        if type not in REFERENCE_TYPES:
-            raise Malformed("malformed reference type")
-        return type
-
-    def limits(self, bound):
-        """limits ::= 0x00 n | 0x01 n m"""
-        flag = self.byte()
-        if flag > 1:
-            raise Malformed("integer too large" if flag & 0x80 == 0 else "integer representation too long")
-        limits = Limits(self.unsigned(), self.unsigned() if flag else None)
+    def limits(self, bound, bound_64, error):
+        """limits ::= flags n [m]; bits of the flags: 0 maximum, 1 shared, 2 64-bit"""
+        flags = self.byte()
+        if flags > 7:
+            raise Malformed("malformed limits flags")
+        bound = bound_64 if flags & 4 else bound
+        limits = Limits(self.unsigned(64), self.unsigned(64) if flags & 1 else None,
+                        I64 if flags & 4 else I32, bool(flags & 2))
         if limits.minimum > bound or limits.maximum is not None and limits.maximum > bound:
-            raise Invalid("memory size must be at most 65536 pages (4GiB)")
+            raise Invalid(error)
         if limits.maximum is not None and limits.minimum > limits.maximum:
             raise Invalid("size minimum must not be greater than maximum")
         return limits
 
     def table_type(self):
         """tabletype ::= reftype limits"""
-        return TableType(self.reference_type(), self.limits(MAX_U32))
+        element, limits = self.reference_type(), self.limits(MAX_U32, MAX_U64, "table size")
+        if limits.shared:
+            raise Malformed("malformed limits flags")
+        return TableType(element, limits)
 
     def memory_type(self):
         """memtype ::= limits"""
-        return self.limits(MAX_PAGES)
+        limits = self.limits(MAX_PAGES, MAX_PAGES_64, "memory size must be at most 65536 pages (4GiB)")
+        if limits.shared and limits.maximum is None:
+            raise Invalid("shared memory must have maximum")
+        return limits
+
+    def tag_type(self):
+        """tagtype ::= 0x00 typeidx"""
+        if self.byte():
+            raise Malformed("malformed tag attribute")
+        return self.unsigned()
 
     def global_type(self):
         """globaltype ::= valtype mut"""
-        value, mutable = self.value_type(), self.byte()
-        if mutable > 1:
-            raise Malformed("malformed mutability")
-        return GlobalType(value, bool(mutable))
+        return GlobalType(self.value_type(), self.mutability())
 
-    def function_type(self):
-        """functype ::= 0x60 resulttype resulttype"""
-        if self.byte() != 0x60:
-            raise Malformed("integer representation too long")
-        return FunctionType(self.vector(self.value_type), self.vector(self.value_type))
+    def mutability(self):
+        """mut ::= 0x00 | 0x01"""
+        byte = self.byte()
+        if byte > 1:
+            raise Malformed("malformed mutability")
+        return byte == 1
 
     def type_section(self):
-        """typesec ::= vec(functype)"""
-        self.module.types = self.vector(self.function_type)
+        """typesec ::= vec(rectype)"""
+        for _ in range(self.unsigned()):
+            self.recursive_type()
+
+    def recursive_type(self):
+        """rectype ::= 0x4E vec(subtype) | subtype"""
+        first, count = len(self.types), 1
+        if self.position < self.end and self.data[self.position] == 0x4E:
+            self.position += 1
+            count = self.unsigned()
+            if count > self.end - self.position:
+                raise Malformed("unexpected end")
+        if first + count > MAX_TYPES:
+            raise Invalid("%d types: at most %d" % (first + count, MAX_TYPES))
+        group = [DefinedType() for _ in range(count)]
+        self.types += group             # before they are read: they may refer to each other
+        for index, type in enumerate(group, first):
+            self.sub_type(type, index)
+        identify(group)
+        for type in group:
+            if type.supertype is not None and not subtype_fits(type):
+                raise Invalid("sub type")
+
+    def sub_type(self, type, index):
+        """subtype ::= (0x50 | 0x4F) vec(typeidx) comptype | comptype"""
+        form, supertype, final = self.byte(), None, True
+        if form in (0x50, 0x4F):
+            final = form == 0x4F
+            for parent in self.vector(self.unsigned, 1, "supertypes"):
+                if parent >= index:
+                    raise Invalid("unknown type %d" % parent)
+                supertype = self.types[parent]
+            form = self.byte()
+        if form == 0x60:
+            type.__init__(FUNC, self.vector(self.value_type, MAX_PARAMS, "parameters"),
+                          self.vector(self.value_type, MAX_RESULTS, "results"), (), supertype, final)
+        elif form == 0x5F:
+            type.__init__(STRUCT, (), (), self.vector(self.field_type, MAX_FIELDS, "fields"), supertype, final)
+        elif form == 0x5E:
+            type.__init__(ARRAY, (), (), (self.field_type(),), supertype, final)
+        else:
+            raise Malformed("integer representation too long" if form & 0x80 else "malformed definition type")
+
+    def field_type(self):
+        """fieldtype ::= storagetype mut"""
+        return self.storage_type(), self.mutability()
 
     def import_section(self):
         """importsec ::= vec(name name importdesc)"""
         spaces = self.spaces()
         for _ in range(self.unsigned()):
             module, name, kind = self.name(), self.name(), self.byte()
-            if kind > 3:
+            if kind > 4:
                 raise Malformed("malformed import kind")
-            type = (self.unsigned, self.table_type, self.memory_type, self.global_type)[kind]()
+            type = (self.unsigned, self.table_type, self.memory_type, self.global_type, self.tag_type)[kind]()
             self.module.imports.append(Import(module, name, EXTERN_KINDS[kind], type))
             spaces[kind].append(type)
 
     def spaces(self):
-        """The four index spaces, in the order of EXTERN_KINDS."""
+        """The five index spaces, in the order of EXTERN_KINDS."""
         module = self.module
-        return module.functions, module.tables, module.memories, module.globals
+        return module.functions, module.tables, module.memories, module.globals, module.tags
 
     def function_section(self):
         """funcsec ::= vec(typeidx)"""
         self.module.functions += self.vector(self.unsigned)
 
     def table_section(self):
-        """tablesec ::= vec(tabletype)"""
-        self.module.tables += self.vector(self.table_type)
+        """tablesec ::= vec(tabletype | 0x40 0x00 tabletype expr)"""
+        for _ in range(self.unsigned()):
+            if self.position < self.end and self.data[self.position] == 0x40:
+                if self.take(2)[1]:
+                    raise Malformed("zero byte expected")
+                type = self.table_type()
+                type.init = self.expression()
+            else:
+                type = self.table_type()
+                if not type.element[1]:
+                    raise Invalid("type mismatch")
+            self.module.tables.append(type)
 
     def memory_section(self):
         """memsec ::= vec(memtype)"""
@@ -1472,14 +2477,19 @@ class ModuleDecoder(Reader):
     def global_section(self):
         """globalsec ::= vec(globaltype expr)"""
         for _ in range(self.unsigned()):
-            self.module.globals.append(self.global_type())
+            type = self.global_type()
             self.module.global_inits.append(self.expression())
+            self.module.globals.append(type)        # it is not in its own scope
+
+    def tag_section(self):
+        """tagsec ::= vec(tagtype)"""
+        self.module.tags += self.vector(self.tag_type)
 
     def export_section(self):
         """exportsec ::= vec(name exportdesc)"""
         for _ in range(self.unsigned()):
             name, kind, index = self.name(), self.byte(), self.unsigned()
-            if kind > 3:
+            if kind > 4:
                 raise Malformed("malformed export kind")
             if name in self.module.exports:
                 raise Invalid("duplicate export name")
@@ -1496,7 +2506,7 @@ class ModuleDecoder(Reader):
             flag = self.unsigned()
             if flag > 7:
                 raise Malformed("malformed elements segment kind")
-            mode, index, offset, type = "active", 0, None, FUNCREF
+            mode, index, offset, type = "active", 0, None, FUNCREF if flag & 4 else (FUNC, False)
             if flag & 1:
                 mode = "declarative" if flag & 2 else "passive"
             else:
@@ -1523,6 +2533,8 @@ class ModuleDecoder(Reader):
             self.position = start + size
             if self.position > self.end:
                 raise Malformed("unexpected end")
+            if size > MAX_BODY_BYTES:
+                raise Invalid("function body of %d bytes: at most %d" % (size, MAX_BODY_BYTES))
             bodies.append(Body(start, self.position))
 
     def data_section(self):
@@ -1537,32 +2549,73 @@ class ModuleDecoder(Reader):
             self.module.datas.append(Segment(mode, index, offset, None, self.take(self.unsigned())))
 
     def expression(self):
-        """expr ::= instr* 0x0B, skipped over: constant expressions have no blocks, so
-        the first `end` that is not an immediate ends it."""
-        start = self.position
+        """expr ::= instr* 0x0B, constant: (opcode, immediate) if it is one instruction,
+        else a Body, which check_constant() validates."""
+        start, first, count = self.position, None, 0
+        if self.byte() == 0x41:                 # an address, nearly always
+            value = self.i32()
+            if self.byte() == 0x0B:
+                return 0x41, value
+        self.position = start
         while True:
             opcode = self.byte()
             if opcode == 0x0B:
-                return Body(start, self.position)
-            if opcode in (0x41, 0x42):
-                self.signed(64 if opcode == 0x42 else 32)
-            elif opcode in (0x43, 0x44):
-                self.take(4 if opcode == 0x43 else 8)
-            elif opcode in (0x23, 0xD2):
-                index = self.unsigned()
-                if opcode == 0xD2:
-                    self.module.declared.add(index)
-            elif opcode == 0xD0:
-                self.reference_type()
-            elif opcode not in OPS and opcode not in PREFIX_BYTES:
-                raise Malformed("illegal opcode %02x" % opcode)
-            else:
-                raise Invalid("constant expression required")
+                return first if count == 1 and first[0] in SIMPLE_CONSTANTS else Body(start, self.position)
+            if opcode in PREFIX_BYTES:
+                opcode = prefixed(opcode, self.unsigned())
+            immediates = CONSTANT_INSTRUCTIONS.get(opcode)
+            if immediates is None:
+                raise Invalid("constant expression required: %s" % operation(opcode).name)
+            values = [read(self) for read in immediates]
+            if opcode == 0x23:
+                self.check_constant_global(values[0])
+            elif opcode == 0xD2:
+                self.module.declared.add(values[0])
+            count += 1
+            first = opcode, values[0] if values else None
+
+    def check_constant_global(self, index):
+        """What a constant expression refers to must be immutable and defined before."""
+        check_index("global", index, self.module.globals)
+        if self.module.globals[index].mutable:
+            raise Invalid("constant expression required: mutable global")
+
+    def i32(self):
+        return self.signed(32) & MAX_U32
+
+    def i64(self):
+        return self.signed(64) & MAX_U64
+
+    def f32(self):
+        return f32_from_bits(unpack_u32(self.take(4))[0])
+
+    def f64(self):
+        return unpack_f64(self.take(8))[0]
+
+    def v128(self):
+        return bytes(self.take(16))
 
 
-SECTION_ORDER = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 10, 11)
+def prefixed(prefix, number):
+    """The opcode as in INSTRUCTIONS of an instruction with a prefix byte."""
+    if number > 0xFFF:
+        raise Malformed("illegal opcode %02x %x" % (prefix, number))
+    return prefix << 8 | number if number < 0x100 else prefix << 12 | number
+
+
+# The instructions of section 3.4.13 and how their immediates are read.
+CONSTANT_INSTRUCTIONS = {
+    0x41: (ModuleDecoder.i32,), 0x42: (ModuleDecoder.i64,), 0x43: (ModuleDecoder.f32,), 0x44: (ModuleDecoder.f64,),
+    0xFD0C: (ModuleDecoder.v128,), 0x23: (Reader.unsigned,), 0xD2: (Reader.unsigned,), 0xD0: (TypeReader.heap_type,),
+    0x6A: (), 0x6B: (), 0x6C: (), 0x7C: (), 0x7D: (), 0x7E: (), 0xFB00: (Reader.unsigned,), 0xFB01: (Reader.unsigned,),
+    0xFB06: (Reader.unsigned,), 0xFB07: (Reader.unsigned,), 0xFB08: (Reader.unsigned, Reader.unsigned),
+    0xFB1A: (), 0xFB1B: (), 0xFB1C: (),
+}
+CONSTANT_TYPES = {0x41: I32, 0x42: I64, 0x43: F32, 0x44: F64, 0xFD0C: V128}
+SIMPLE_CONSTANTS = (*CONSTANT_TYPES, 0x23, 0xD0, 0xD2)
+SECTION_ORDER = (1, 2, 3, 4, 5, 13, 6, 7, 8, 9, 12, 10, 11)
 SECTION_NAMES = ("custom", "type", "import", "function", "table", "memory", "global",
-                 "export", "start", "element", "code", "data", "data count")
+                 "export", "start", "element", "code", "data", "data count", "tag")
 SECTION_READERS = {
     1: ModuleDecoder.type_section, 2: ModuleDecoder.import_section,
     3: ModuleDecoder.function_section, 4: ModuleDecoder.table_section,
@@ -1570,20 +2623,30 @@ SECTION_READERS = {
     7: ModuleDecoder.export_section, 8: ModuleDecoder.start_section,
     9: ModuleDecoder.element_section, 10: ModuleDecoder.code_section,
     11: ModuleDecoder.data_section, 12: ModuleDecoder.data_count_section,
+    13: ModuleDecoder.tag_section,
 }
 
 
 def check_module(module):
     """Validates all but function bodies (section 3.4); raises Invalid."""
-    for index in module.functions:
+    for space, what, limit in ((module.functions, "functions", MAX_FUNCTIONS), (module.tables, "tables", MAX_TABLES),
+                               (module.memories, "memories", MAX_MEMORIES)):
+        if len(space) > limit:
+            raise Invalid("%d %s: at most %d" % (len(space), what, limit))
+    for index in module.functions + module.tags:
         check_index("type", index, module.types)
-    if len(module.memories) > 1:
-        raise Invalid("multiple memories")
-    imported = sum(i.kind == "global" for i in module.imports)
-    for type, body in zip(module.globals[imported:], module.global_inits):
-        check_constant(module, body, type.value)
+        if module.types[index].kind != FUNC:
+            raise Invalid("type mismatch: not a function type")
+    for index in module.tags:
+        if module.types[index].results:
+            raise Invalid("non-empty tag result type")
+    for type, init in zip(module.globals[len(module.globals) - len(module.global_inits):], module.global_inits):
+        check_constant(module, init, type.value)
+    for table in module.tables:
+        if table.init is not None:
+            check_constant(module, table.init, table.element)
     for kind, index in module.exports.values():
-        space = (module.functions, module.tables, module.memories, module.globals)[EXTERN_KINDS.index(kind)]
+        space = (module.functions, module.tables, module.memories, module.globals, module.tags)[EXTERN_KINDS.index(kind)]
         check_index({"func": "function"}.get(kind, kind), index, space)
         if kind == "func":
             module.declared.add(index)
@@ -1596,18 +2659,19 @@ def check_module(module):
     for segment in module.datas:
         if segment.mode == "active":
             check_index("memory", segment.index, module.memories)
-            check_constant(module, segment.offset, I32)
+            check_constant(module, segment.offset, module.memories[segment.index].address)
 
 
 def check_element(module, segment):
     """elem: its table, its offset and each of its items."""
     if segment.mode == "active":
         check_index("table", segment.index, module.tables)
-        if module.tables[segment.index].element != segment.type:
+        table = module.tables[segment.index]
+        if not type_matches(segment.type, table.element):
             raise Invalid("type mismatch")
-        check_constant(module, segment.offset, I32)
+        check_constant(module, segment.offset, table.limits.address)
     for item in segment.items:
-        if isinstance(item, int):
+        if item.__class__ is int:
             check_index("function", item, module.functions)
             module.declared.add(item)
         else:
@@ -1620,43 +2684,22 @@ def check_index(kind, index, space):
         raise Invalid("unknown %s %d" % (kind, index))
 
 
-def check_constant(module, body, type):
-    """A constant expression (section 3.3.10) yields exactly one `type`."""
-    types = []
-    for opcode, immediate in constant_instructions(module, body):
-        if opcode == 0x23:
-            imported = sum(i.kind == "global" for i in module.imports)
-            if immediate >= imported:
-                raise Invalid("unknown global %d" % immediate)
-            if module.globals[immediate].mutable:
-                raise Invalid("constant expression required")
-            types.append(module.globals[immediate].value)
-        elif opcode == 0xD2:
-            check_index("function", immediate, module.functions)
-            types.append(FUNCREF)
-        else:
-            types.append(immediate if opcode == 0xD0 else NUMBER_TYPES[opcode - 0x41])
-    if types != [type]:
+def check_constant(module, expression, type):
+    """A constant expression (section 3.4.13) yields exactly one `type`."""
+    if expression.__class__ is Body:
+        return validate_expression(module, expression, type)
+    opcode, immediate = expression
+    if opcode == 0x23:
+        actual = module.globals[immediate].value
+    elif opcode == 0xD2:
+        check_index("function", immediate, module.functions)
+        actual = module.function_type(immediate), False
+    elif opcode == 0xD0:
+        actual = immediate, True
+    else:
+        actual = CONSTANT_TYPES[opcode]
+    if not type_matches(actual, type):
         raise Invalid("type mismatch")
-
-
-def constant_instructions(module, body):
-    """Yields (opcode, immediate) of a constant expression that was read before."""
-    reader = Reader(module.data, body.start, body.end - 1)
-    while reader.position < reader.end:
-        opcode = reader.byte()
-        if opcode == 0x41:
-            yield opcode, reader.signed(32) & MAX_U32
-        elif opcode == 0x42:
-            yield opcode, reader.signed(64) & MAX_U64
-        elif opcode == 0x43:
-            yield opcode, f32_from_bits(unpack_u32(reader.take(4))[0])
-        elif opcode == 0x44:
-            yield opcode, unpack_f64(reader.take(8))[0]
-        elif opcode == 0xD0:
-            yield opcode, reader.byte()
-        else:
-            yield opcode, reader.unsigned()
 
 
 # === 10. Store and instances ==================================================
@@ -1673,11 +2716,12 @@ class Memory:
     """A linear memory. `pages` is its size, `view` a memoryview of just that many
     bytes; whoever keeps a view over a guest call must fetch it anew."""
 
-    __slots__ = ("pages", "maximum", "capacity", "mapping", "view")
+    __slots__ = ("pages", "maximum", "capacity", "mapping", "view", "address", "shared")
 
-    def __init__(self, minimum=0, maximum=None):
-        self.pages = minimum
-        self.maximum = maximum
+    def __init__(self, minimum=0, maximum=None, address=I32, shared=False):
+        self.pages, self.maximum, self.address, self.shared = minimum, maximum, address, shared
+        if minimum > MAX_PAGES:
+            raise Exhaustion("memory of %d pages: at most %d" % (minimum, MAX_PAGES))
         self.mapping = self.reserve(minimum, MAX_PAGES if maximum is None else min(maximum, MAX_PAGES))
         self.capacity = len(self.mapping) // PAGE_BYTES
         self.view = memoryview(self.mapping)[:minimum * PAGE_BYTES]
@@ -1709,14 +2753,16 @@ class Memory:
 class Table:
     """A table of references; null is None."""
 
-    __slots__ = ("element", "elements", "maximum")
+    __slots__ = ("element", "elements", "maximum", "address")
 
-    def __init__(self, element, minimum=0, maximum=None, value=None):
+    def __init__(self, element, minimum=0, maximum=None, value=None, address=I32):
         if minimum > MAX_TABLE_ELEMENTS:
             raise Exhaustion("table of %d elements: at most %d" % (minimum, MAX_TABLE_ELEMENTS))
-        self.element = element
-        self.elements = [value] * minimum
-        self.maximum = maximum
+        self.element, self.maximum, self.address = element, maximum, address
+        try:
+            self.elements = [value] * minimum
+        except MemoryError:
+            raise Exhaustion("no memory for a table of %d elements" % minimum) from None
 
     def grow(self, count, value=None):
         """table.grow: the old size, or -1."""
@@ -1724,7 +2770,10 @@ class Table:
         limit = MAX_TABLE_ELEMENTS if self.maximum is None else min(self.maximum, MAX_TABLE_ELEMENTS)
         if old + count > limit:
             return -1
-        self.elements.extend([value] * count)
+        try:
+            self.elements.extend([value] * count)
+        except MemoryError:
+            return -1
         return old
 
 
@@ -1736,6 +2785,15 @@ class Global:
     def __init__(self, type, value):
         self.type = type
         self.value = value
+
+
+class Tag:
+    """An exception tag; told from others by its identity. `type` is a DefinedType."""
+
+    __slots__ = ("type",)
+
+    def __init__(self, type):
+        self.type = type
 
 
 class HostFunction:
@@ -1754,9 +2812,10 @@ class HostFunction:
 
 class Function:
     """A function of a module instance. `entry` is its first block and `template`
-    its frame beyond the arguments, both None until it is first called."""
+    its frame beyond the arguments, both None until it is first called; it may not be
+    called at a depth beyond `limit`. A constant expression has the index None."""
 
-    __slots__ = ("type", "instance", "body", "index", "entry", "template")
+    __slots__ = ("type", "instance", "body", "index", "entry", "template", "limit")
     host = False
 
     def __init__(self, type, instance, body, index):
@@ -1789,8 +2848,12 @@ def to_value(type, value):
         if not isinstance(value, (int, float)):
             raise TypeError("%r is not a number" % (value,))
         return to_f32(float(value)) if type == F32 and value == value else float(value)
-    if type == FUNCREF and not isinstance(value, (Function, HostFunction, NoneType)):
-        raise TypeError("%r is not a WebAssembly function" % (value,))
+    if type == V128:
+        if not isinstance(value, bytes) or len(value) != 16:
+            raise TypeError("%r is not 16 bytes" % (value,))
+    elif (not reference_matches(value, *type)
+          or type[0] == FUNC and not isinstance(value, (Function, HostFunction, NoneType))):
+        raise TypeError("%r is not a %s" % (value, type_name(type)))
     return value
 
 
@@ -1810,27 +2873,34 @@ def from_results(type, values):
 
 class Instance:
     """A module instance. `imports` is {module: {name: callable or extern}}; `exports`
-    {name: Function, Table, Memory or Global}. Raises Unlinkable, and whatever its
+    {name: Function, Table, Memory, Global or Tag}. Raises Unlinkable, and whatever its
     start function raises."""
 
-    __slots__ = ("module", "functions", "tables", "memories", "globals", "elements", "datas", "exports", "handlers", "__weakref__")
+    __slots__ = ("module", "functions", "tables", "memories", "globals", "tags", "elements", "datas", "exports", "handlers",
+                 "__weakref__")
 
     def __init__(self, module, imports=None):
         self.module = module
-        self.handlers = {}          # (opcode, memory index) -> handler of a memory access
-        spaces = {"func": [], "table": [], "memory": [], "global": []}
+        self.handlers = {}          # opcode + (memory index << 32) -> handler of a memory access
+        spaces = {kind: [] for kind in EXTERN_KINDS}
         for item in module.imports:
             spaces[item.kind].append(resolve(module, item, imports or {}))
         self.functions = functions = spaces["func"]
         for body in module.bodies:
             functions.append(Function(module.function_type(len(functions)), self, body, len(functions)))
-        self.tables, self.memories, self.globals = spaces["table"], spaces["memory"], spaces["global"]
-        self.globals += [Global(type, self.constant(body)) for type, body in
-                         zip(module.globals[len(self.globals):], module.global_inits)]
-        self.tables += [Table(t.element, t.limits.minimum, t.limits.maximum) for t in module.tables[len(self.tables):]]
-        self.memories += [Memory(m.minimum, m.maximum) for m in module.memories[len(self.memories):]]
+        self.tables, self.memories = spaces["table"], spaces["memory"]
+        self.globals, self.tags = spaces["global"], spaces["tag"]
+        for type, init in zip(module.globals[len(self.globals):], module.global_inits):
+            self.globals.append(Global(type, self.constant(init, type.value)))
+        self.tags += [Tag(module.types[index]) for index in module.tags[len(self.tags):]]
+        if sum(table.limits.minimum for table in module.tables) > MAX_TABLE_ELEMENTS:
+            raise Exhaustion("tables of more than %d elements" % MAX_TABLE_ELEMENTS)
+        for table in module.tables[len(self.tables):]:
+            value, limits = self.constant(table.init, table.element) if table.init else None, table.limits
+            self.tables.append(Table(table.element, limits.minimum, limits.maximum, value, limits.address))
+        self.memories += [Memory(m.minimum, m.maximum, m.address, m.shared) for m in module.memories[len(self.memories):]]
         self.exports = {name: spaces[kind][index] for name, (kind, index) in module.exports.items()}
-        self.elements = [[functions[item] if isinstance(item, int) else self.constant(item) for item in s.items]
+        self.elements = [[functions[item] if item.__class__ is int else self.constant(item, s.type) for item in s.items]
                          for s in module.elements]
         self.datas = [s.items for s in module.datas]
         self.initialize()
@@ -1840,30 +2910,35 @@ class Instance:
         for index, segment in enumerate(self.module.elements):
             if segment.mode == "active":
                 source = self.elements[index]
-                copy_elements(self.tables[segment.index], self.constant(segment.offset), source, 0, len(source))
+                offset = self.constant(segment.offset, self.tables[segment.index].address)
+                copy_elements(self.tables[segment.index], offset, source, 0, len(source))
             if segment.mode != "passive":
                 self.elements[index] = ()
         for index, segment in enumerate(self.module.datas):
             if segment.mode == "active":
-                copy_bytes(self.memories[segment.index].view, self.constant(segment.offset), segment.items, 0, len(segment.items))
+                memory = self.memories[segment.index]
+                copy_bytes(memory.view, self.constant(segment.offset, memory.address), segment.items, 0, len(segment.items))
                 self.datas[index] = ()
         if self.module.start is not None:
             execute_any(self.functions[self.module.start], [])
 
-    def constant(self, body):
+    def constant(self, expression, type):
         """The value of a constant expression."""
-        for opcode, immediate in constant_instructions(self.module, body):
-            if opcode == 0x23:
-                return self.globals[immediate].value
-            if opcode == 0xD2:
-                return self.functions[immediate]
-            return None if opcode == 0xD0 else immediate
+        if expression.__class__ is Body:
+            return execute(Function(FunctionType((), (type,)), self, expression, None), [])[0]
+        opcode, immediate = expression
+        if opcode == 0x23:
+            return self.globals[immediate].value
+        if opcode == 0xD2:
+            return self.functions[immediate]
+        return None if opcode == 0xD0 else immediate
 
     def memory_handler(self, op, index):
         """The handler of a memory access on memory `index`."""
-        handler = self.handlers.get((op.opcode, index))
+        key = op.opcode + (index << 32)
+        handler = self.handlers.get(key)
         if handler is None:
-            handler = self.handlers[op.opcode, index] = memory_handler(op, self.memories[index])
+            handler = self.handlers[key] = access_handler(op, self.memories[index])
         return handler
 
 
@@ -1878,15 +2953,17 @@ def resolve(module, item, imports):
         type = module.types[item.type]
         if not isinstance(extern, (Function, HostFunction)) and callable(extern):
             return python_function(type, extern, where)
-        fits = isinstance(extern, (Function, HostFunction)) and extern.type == type
+        fits = isinstance(extern, (Function, HostFunction)) and extern.type.matches(type)
     elif item.kind == "table":
         fits = (isinstance(extern, Table) and extern.element == item.type.element
-                and item.type.limits.admits(len(extern.elements), extern.maximum))
+                and item.type.limits.admits(len(extern.elements), extern))
     elif item.kind == "memory":
-        fits = isinstance(extern, Memory) and item.type.admits(extern.pages, extern.maximum)
+        fits = isinstance(extern, Memory) and item.type.admits(extern.pages, extern) and item.type.shared == extern.shared
+    elif item.kind == "tag":
+        fits = isinstance(extern, Tag) and extern.type == module.types[item.type]
     else:
-        fits = (isinstance(extern, Global) and extern.type.value == item.type.value
-                and extern.type.mutable == item.type.mutable)
+        fits = isinstance(extern, Global) and field_matches((extern.type.value, extern.type.mutable),
+                                                            (item.type.value, item.type.mutable))
     if not fits:
         raise Unlinkable("incompatible import type for %s" % where)
     return extern
@@ -1931,25 +3008,33 @@ def python_function(type, call, name):
 #
 #     BR         go to x                       BR_TABLE   go to x[min(R[y], z)]
 #     BR_IF      go to x if R[y] else z        RETURN     with the values R[i], i in y
-#     CALL       x = callee, y = argument slots, z = (next block, first result's slot)
-#     CALL_INDIRECT   x = (table, type, slot of the index), y and z as for CALL
+#     CALL       x = callee, y = argument slots, z = (next block, first result's slot, handlers)
+#     CALL_REF   x = slot of the callee, y and z as for CALL
+#     TAIL_CALL  x = slot of the callee, y = argument slots
+#     THROW      x = tag, y = slots of its values, z as for CALL; x = None: rethrow R[y[0]]
+#
+# The handlers of a place are None or (clauses, handlers further out), a clause is
+# (tag or None for all, whether it wants the exnref, block, first value's slot).
 #
 # At the entry and the end of every construct all operands lie in the slots of their
 # own heights, so that paths can meet. A branch that has to move values first goes
 # by way of a block of its own.
 
-BR, BR_IF, BR_TABLE, RETURN, CALL, CALL_INDIRECT = range(6)
+BR, BR_IF, BR_TABLE, RETURN, CALL, CALL_REF, TAIL_CALL, THROW = range(8)
+ALIAS_STEPS_PER_BYTE = 64
+OPERAND_STEPS_PER_BYTE = 8
 
 
 class Control:
     """A control frame of appendix A.3. `target` is the block that a branch to the
-    label goes to, `next` the one after `end`, `other` the else branch of an if."""
+    label goes to, `next` the one after `end`, `other` the else branch of an if. `was_set`
+    is how many locals had been set before it, `handlers` the handlers around it."""
 
-    __slots__ = ("opcode", "params", "results", "height", "unreachable", "target", "next", "other")
+    __slots__ = ("opcode", "params", "results", "height", "unreachable", "target", "next", "other", "was_set", "handlers")
 
-    def __init__(self, opcode, params, results, height):
+    def __init__(self, opcode, params, results, height, was_set=0, handlers=None):
         self.opcode, self.params, self.results, self.height = opcode, params, results, height
-        self.unreachable = False
+        self.unreachable, self.was_set, self.handlers = False, was_set, handlers
         self.target = self.next = new_block()
         self.other = None
 
@@ -1967,37 +3052,47 @@ class Translator:
     """Translates one function of an instance: `run()` sets its entry and template.
     Raises Malformed or Invalid."""
 
-    __slots__ = ("function", "instance", "module", "reader", "locals", "types", "slots",
-                 "controls", "block", "base", "deepest", "constants")
+    __slots__ = ("function", "instance", "module", "reader", "locals", "zeros", "types", "slots", "controls", "block", "base",
+                 "deepest", "constants", "unset", "was_set", "handlers", "aliases", "alias_steps", "operand_steps")
 
     def __init__(self, function):
         self.function = function
         self.instance = function.instance
         self.module = self.instance.module
         body = function.body
-        data = bytes(self.module.data[body.start:body.end])
-        self.reader = Reader(data)
+        self.reader = reader = TypeReader(bytes(self.module.data[body.start:body.end]))
+        reader.types = self.module.types
         self.locals = list(function.type.params)
-        self.read_locals()
+        self.zeros = []             # what the other locals start with
+        self.unset = set()          # the locals that have no default value and were not set yet …
+        self.was_set = []           # … and those that were
+        if function.index is not None:
+            self.read_locals()
         self.base = len(self.locals)
         self.types = []             # the operand stack's types …
         self.slots = []             # … and where the operands are
         self.deepest = 0
         self.constants = {}         # key -> (slot, value)
+        self.handlers = None
+        self.aliases = True         # whether an operand may be a local's or a constant's slot
+        self.alias_steps = ALIAS_STEPS_PER_BYTE * reader.end + 10000
+        self.operand_steps = OPERAND_STEPS_PER_BYTE * reader.end + 100000
         self.block = new_block()
 
     def read_locals(self):
         """locals ::= vec(n valtype); counted before they are made."""
-        decoder = ModuleDecoder.__new__(ModuleDecoder)
-        decoder.data, decoder.position, decoder.end = self.reader.data, 0, self.reader.end
+        reader = self.reader
         total = len(self.locals)
-        for _ in range(decoder.unsigned()):
-            count = decoder.unsigned()
+        for _ in range(reader.unsigned()):
+            count = reader.unsigned()
             total += count
             if total > MAX_LOCALS:
-                raise Malformed("too many locals")
-            self.locals += [decoder.value_type()] * count
-        self.reader.position = decoder.position
+                raise Malformed("too many locals: %d, at most %d" % (total, MAX_LOCALS))
+            type = reader.value_type()
+            if not defaultable(type):
+                self.unset.update(range(total - count, total))
+            self.locals += [type] * count
+            self.zeros += [zero(type)] * count
 
     def run(self):
         """Translates the body and completes the Function."""
@@ -2008,9 +3103,9 @@ class Translator:
         self.instructions()
         if self.reader.position != self.reader.end:
             raise Malformed("END opcode expected")
-        zeros = [ZERO.get(t) for t in self.locals[len(function.type.params):]]
         constants = [value for _, value in self.constants.values()]
-        function.template = zeros + [None] * self.deepest + constants[::-1]
+        function.template = self.zeros + [None] * self.deepest + constants[::-1]
+        function.limit = min(MAX_FRAMES, MAX_FRAME_SLOTS // (len(self.locals) + self.deepest + 1))
         function.entry = entry
 
     def instructions(self):
@@ -2019,13 +3114,16 @@ class Translator:
         reader = self.reader
         data, end = reader.data, reader.end
         types, slots, locals, base, controls = self.types, self.slots, self.locals, self.base, self.controls
+        memories, accesses = self.module.memories, self.instance.handlers
+        is_plain_memory = bool(memories) and memories[0].address == I32
+        local_get = -1 if self.unset else 0x20
         while controls:
             position = reader.position
             if position >= end:
-                raise Malformed("unexpected end of section or function" if controls else "unexpected end")
+                raise Malformed("unexpected end of section or function")
             opcode = data[position]
             reader.position = position + 1
-            if opcode == 0x20:                                          # local.get
+            if opcode == local_get:
                 index = reader.unsigned()
                 if index >= base:
                     raise Invalid("unknown local %d" % index)
@@ -2033,17 +3131,32 @@ class Translator:
                 slots.append(index)
                 continue
             if opcode in PREFIX_BYTES:
-                opcode = opcode << 8 | reader.unsigned()
+                opcode = prefixed(opcode, reader.unsigned())
             op = OPS.get(opcode)
             if op.__class__ is not Op:
                 op = operation(opcode)
             shape = op.shape
             if shape == IRREGULAR:
-                getattr(self, op.name.replace(".", "_") + "_")(op)
+                method = op.method
+                if method is None:
+                    method = op.method = getattr(Translator, method_name(op))
+                method(self, op)
+                if not self.aliases:
+                    local_get = -1
                 continue
-            offset = self.memarg(op) if shape >= LOAD else 0
             params = op.params
             count = len(params)
+            if shape >= LOAD:
+                # Nearly always the alignment and the offset are a byte each.
+                position = reader.position
+                if (is_plain_memory and position + 1 < end and 1 << data[position] <= op.width
+                        and data[position + 1] < 0x80):
+                    reader.position, offset = position + 2, data[position + 1]
+                    access = accesses.get(opcode) or self.instance.memory_handler(op, 0)
+                else:
+                    index, offset = self.memarg(op)
+                    access = self.instance.memory_handler(op, index)
+                    params = [memories[index].address] + params[1:]
             if types[-count:] == params and len(types) - count >= controls[-1].height:
                 del types[-count:]
                 b = slots.pop()
@@ -2053,10 +3166,10 @@ class Translator:
                 a = self.pop(params[0]) if count == 2 else b
             d = base + len(slots)
             if shape == STORE:
-                self.block[0].append((self.instance.memory_handler(op, 0), -offset, a, b))
+                self.block[0].append((access, -offset, a, b))
                 continue
             if shape == LOAD:
-                self.block[0].append((self.instance.memory_handler(op, 0), d, a, offset))
+                self.block[0].append((access, d, a, offset))
             else:
                 handler = op.handler
                 if handler is None:
@@ -2086,8 +3199,8 @@ class Translator:
                 return self.base + len(self.slots)
             raise Invalid("type mismatch")
         actual = self.types.pop()
-        if actual != expected and UNKNOWN not in (actual, expected):
-            raise Invalid("type mismatch")
+        if actual != expected and not type_matches(actual, expected):
+            raise Invalid("type mismatch: %s for %s" % (type_name(actual), type_name(expected)))
         return self.slots.pop()
 
     def pop_typed(self):
@@ -2100,7 +3213,16 @@ class Translator:
 
     def pop_all(self, types):
         """Pops operands of `types`, last first; returns their slots in order."""
+        if not types:
+            return []
+        self.count_operands(types)
         return [self.pop(t) for t in reversed(types)][::-1]
+
+    def count_operands(self, types):
+        """Every byte of a body may name a type of a thousand values: bounds their sum."""
+        self.operand_steps -= len(types)
+        if self.operand_steps < 0:
+            raise Exhaustion("function too complex: more than %d operands for each byte" % OPERAND_STEPS_PER_BYTE)
 
     def push_all(self, types):
         """Pushes operands of `types`."""
@@ -2112,21 +3234,45 @@ class Translator:
         known = self.constants.get(key)
         if known is None:
             known = self.constants[key] = -1 - len(self.constants), value
-        self.types.append(type)
-        self.slots.append(known[0])
-        if len(self.slots) > self.deepest:
-            self.deepest = len(self.slots)
+        if self.aliases:
+            self.types.append(type)
+            self.slots.append(known[0])
+        else:
+            self.push_alias(type, known[0])
+
+    def push_alias(self, type, slot):
+        """Pushes an operand that lies in a local's or a constant's slot."""
+        if self.aliases:
+            self.types.append(type)
+            self.slots.append(slot)
+        else:
+            self.emit(do_move, self.push(type), slot, 0)
 
     def emit(self, handler, d, a, b):
         self.block[0].append((handler, d, a, b))
 
-    def settle(self, start=0):
-        """Moves the operands from height `start` on into the slots of their own heights."""
-        slots = self.slots
-        for height in range(start, len(slots)):
-            if slots[height] != self.base + height:
-                self.emit(do_move, self.base + height, slots[height], 0)
-                slots[height] = self.base + height
+    def settle(self):
+        """Moves the operands of this construct into the slots of their own heights; the
+        ones of those around it are there since it was entered."""
+        slots, base = self.slots, self.base
+        if len(slots) > self.deepest:
+            self.deepest = len(slots)
+        if self.aliases:
+            height = self.controls[-1].height
+            self.count_aliases(len(slots) - height)
+            for height in range(height, len(slots)):
+                if slots[height] != base + height:
+                    self.emit(do_move, base + height, slots[height], 0)
+                    slots[height] = base + height
+
+    def count_aliases(self, steps):
+        """Looking for aliases costs as much as the stack is high. A body that overdoes it
+        gets none from here on, so that translation stays linear."""
+        self.alias_steps -= steps
+        if self.alias_steps < 0 and self.aliases:
+            self.alias_steps = len(self.slots) + 1
+            self.settle()
+            self.aliases = False
 
     # -- control --
 
@@ -2137,40 +3283,94 @@ class Translator:
     def block_type(self):
         """blocktype ::= 0x40 | valtype | s33 type index; returns (params, results)."""
         reader = self.reader
-        if reader.position >= reader.end:
-            raise Malformed("unexpected end")
-        byte = reader.data[reader.position]
+        byte = reader.byte()
         if byte == 0x40:
-            reader.position += 1
             return [], []
-        if byte in TYPE_NAMES and byte != UNKNOWN:
-            reader.position += 1
-            return [], [byte]
+        reader.position -= 1
+        if 0x40 <= byte < 0x80:
+            return [], [reader.value_type()]
         index = reader.signed(33)
         if index < 0:
             raise Malformed("malformed block type")
-        check_index("type", index, self.module.types)
-        type = self.module.types[index]
+        type = self.function_type(index)
         return list(type.params), list(type.results)
+
+    def function_type(self, index):
+        """The function type with this index."""
+        type = self.reader.type_at(index)
+        if type.kind != FUNC:
+            raise Invalid("type mismatch: not a function type")
+        return type
 
     def enter(self, opcode, params, results):
         """Opens a construct whose params were popped."""
-        control = Control(opcode, params, results, len(self.types))
+        control = Control(opcode, params, results, len(self.types), len(self.was_set), self.handlers)
         self.controls.append(control)
         self.push_all(params)
         return control
+
+    def leave(self):
+        """Closes the innermost construct, after close()."""
+        control = self.controls.pop()
+        self.handlers = control.handlers
+        self.push_all(control.results)
+
+    def forget_locals(self, control):
+        """What a construct set need not have been set after it, or in its else branch."""
+        self.unset.update(self.was_set[control.was_set:])
+        del self.was_set[control.was_set:]
 
     def block_(self, op):
         params, results = self.block_type()
         self.settle()
         self.pop_all(params)
-        self.enter(0x02, params, results)
+        return self.enter(0x02, params, results)
 
-    def loop_(self, op):
+    def try_table_(self, op):
         params, results = self.block_type()
+        clauses = self.reader.vector(self.catch)
         self.settle()
         self.pop_all(params)
-        control = self.enter(0x03, params, results)
+        self.enter(0x02, params, results)
+        if clauses:
+            self.handlers = clauses, self.handlers
+
+    def catch(self):
+        """catch ::= 0x00 tag label | 0x01 tag label | 0x02 label | 0x03 label"""
+        kind = self.reader.byte()
+        if kind > 3:
+            raise Malformed("malformed catch clause")
+        tag, types = None, []
+        if kind < 2:
+            type, tag = self.tag()
+            types = list(type.params)
+        if kind & 1:
+            types.append((EXN, False))
+        control = self.label(self.reader.unsigned())
+        self.count_operands(types)
+        if not types_match(types, control.label_types):
+            raise Invalid("type mismatch")
+        self.deepest = max(self.deepest, control.height + len(types))
+        return tag, bool(kind & 1), control.target, self.base + control.height
+
+    def tag(self):
+        """Reads and checks a tag index; returns its (type, Tag)."""
+        index = self.reader.unsigned()
+        check_index("tag", index, self.module.tags)
+        return self.module.types[self.module.tags[index]], self.instance.tags[index]
+
+    def throw_(self, op):
+        type, tag = self.tag()
+        self.finish(THROW, tag, tuple(self.pop_all(type.params)), (None, 0, self.handlers))
+        self.unreachable()
+
+    def throw_ref_(self, op):
+        self.finish(THROW, None, (self.pop(EXNREF),), (None, 0, self.handlers))
+        self.unreachable()
+
+    def loop_(self, op):
+        control = self.block_(op)
+        control.opcode = 0x03
         control.target = head = new_block()
         self.finish(BR, head)
         self.block = head
@@ -2191,6 +3391,7 @@ class Translator:
         self.pop_results(control)
         if len(self.types) != control.height:
             raise Invalid("type mismatch")
+        self.forget_locals(control)
         return control
 
     def pop_results(self, control):
@@ -2216,13 +3417,12 @@ class Translator:
             return self.end_function()
         control = self.close()
         if control.opcode == 0x04:
-            if control.params != control.results:
+            if not types_match(control.params, control.results):
                 raise Invalid("type mismatch")
             control.other[1:] = BR, control.next, None, None
         self.finish(BR, control.next)
         self.block = control.next
-        self.controls.pop()
-        self.push_all(control.results)
+        self.leave()
 
     def end_function(self):
         """The last `end`: falls out with the results where they are; whoever branches to
@@ -2279,12 +3479,19 @@ class Translator:
         control = self.label(self.reader.unsigned())
         condition = self.pop(I32)
         slots = self.pop_all(control.label_types)
-        following = new_block()
-        self.finish(BR_IF, self.branch(control, slots), condition, following)
+        self.branch_if(control, condition, slots)
+        self.keep(control.label_types, slots)
+
+    def branch_if(self, control, condition, slots, wanted=True):
+        """Ends the block with a branch that carries `slots` if the condition is `wanted`."""
+        branch, following = self.branch(control, slots), new_block()
+        self.finish(BR_IF, branch if wanted else following, condition, following if wanted else branch)
         self.block = following
-        for type, slot in zip(control.label_types, slots):
-            self.types.append(type)
-            self.slots.append(slot)
+
+    def keep(self, types, slots):
+        """Pushes operands where they are."""
+        self.types += types
+        self.slots += slots
 
     def br_table_(self, op):
         labels = self.reader.vector(self.reader.unsigned)
@@ -2303,40 +3510,83 @@ class Translator:
 
     def peek_all(self, types):
         """The slots of operands of `types`, which stay on the stack."""
-        kept_types, kept_slots = self.types[:], self.slots[:]
-        slots = self.pop_all(types)
-        self.types[:], self.slots[:] = kept_types, kept_slots
-        return slots
+        self.count_operands(types)
+        control = self.controls[-1]
+        missing = len(types) - (len(self.types) - control.height)
+        if missing > 0 and not control.unreachable:
+            raise Invalid("type mismatch")
+        missing = max(0, missing)
+        start = len(self.types) - len(types) + missing
+        if not types_match(self.types[start:], types[missing:]):
+            raise Invalid("type mismatch")
+        return [self.base + control.height] * missing + self.slots[start:]
 
     def return_(self, op):
         self.finish(RETURN, None, tuple(self.pop_all(self.controls[0].results)))
         self.unreachable()
 
-    def call_(self, op):
+    # -- calls: the callee is known, or lies in a slot --
+
+    def callee(self):
+        """Reads and checks a function index; returns the function."""
         index = self.reader.unsigned()
         check_index("function", index, self.module.functions)
-        function = self.instance.functions[index]
+        return self.instance.functions[index]
+
+    def table_callee(self):
+        """Finds the callee of a call_indirect; returns (type, slot)."""
+        type = self.function_type(self.reader.unsigned())
+        element, table = self.table()
+        if not type_matches(element, FUNCREF):
+            raise Invalid("type mismatch")
+        index = self.pop(table.address)
+        self.emit(do_table_callee, self.push(FUNCREF), (table, type), index)
+        return type, self.pop()
+
+    def referenced_callee(self):
+        """The callee of a call_ref; returns (type, slot)."""
+        type = self.function_type(self.reader.unsigned())
+        return type, self.pop((type, True))
+
+    def call_(self, op):
+        function = self.callee()
         self.call(CALL, function, function.type)
 
     def call_indirect_(self, op):
-        type, table = self.reader.unsigned(), self.reader.unsigned()
-        check_index("table", table, self.module.tables)
-        check_index("type", type, self.module.types)
-        if self.module.tables[table].element != FUNCREF:
-            raise Invalid("type mismatch")
-        type = self.module.types[type]
-        index = self.pop(I32)
-        self.call(CALL_INDIRECT, (self.instance.tables[table], type, index), type)
+        type, slot = self.table_callee()
+        self.call(CALL_REF, slot, type)
+
+    def call_ref_(self, op):
+        type, slot = self.referenced_callee()
+        self.call(CALL_REF, slot, type)
+
+    def return_call_(self, op):
+        function = self.callee()
+        self.constant(FUNCREF, function, function)
+        self.tail_call(function.type, self.pop())
+
+    def return_call_indirect_(self, op):
+        self.tail_call(*self.table_callee())
+
+    def return_call_ref_(self, op):
+        self.tail_call(*self.referenced_callee())
 
     def call(self, kind, x, type):
         """Ends the block with a call; the results go to the slots of their heights."""
         arguments = tuple(self.pop_all(type.params))
         following = new_block()
-        self.finish(kind, x, arguments, (following, self.base + len(self.slots)))
+        self.finish(kind, x, arguments, (following, self.base + len(self.slots), self.handlers))
         self.block = following
         self.push_all(type.results)
 
-    # -- parametric, variable, reference instructions --
+    def tail_call(self, type, slot):
+        """Ends the block with a call in place of this function's frame."""
+        if not types_match(type.results, self.controls[0].results):
+            raise Invalid("type mismatch")
+        self.finish(TAIL_CALL, slot, tuple(self.pop_all(type.params)))
+        self.unreachable()
+
+    # -- parametric and variable instructions --
 
     def drop_(self, op):
         self.pop_typed()
@@ -2345,47 +3595,56 @@ class Translator:
         condition = self.pop(I32)
         type, second = self.pop_typed()
         other, first = self.pop_typed()
-        for t in type, other:
-            if t in REFERENCE_TYPES:
-                raise Invalid("type mismatch")
-        if type != other and UNKNOWN not in (type, other):
+        if type.__class__ is tuple or other.__class__ is tuple or not type_matches(type, other):
             raise Invalid("type mismatch")
         self.emit(do_select, self.push(type or other), first, (second, condition))
 
     def select_t_(self, op):
-        types = self.reader.vector(self.reader.byte)
+        types = self.reader.vector(self.reader.value_type)
         if len(types) != 1:
             raise Invalid("invalid result arity")
-        if types[0] not in TYPE_NAMES or types[0] == UNKNOWN:
-            raise Malformed("malformed value type")
         condition, second, first = self.pop(I32), self.pop(types[0]), self.pop(types[0])
         self.emit(do_select, self.push(types[0]), first, (second, condition))
 
-    def local_set_(self, op):
+    def local(self):
+        """Reads and checks a local index."""
         index = self.reader.unsigned()
         if index >= self.base:
             raise Invalid("unknown local %d" % index)
+        return index
+
+    def local_get_(self, op):
+        index = self.local()
+        if index in self.unset:
+            raise Invalid("uninitialized local %d" % index)
+        self.push_alias(self.locals[index], index)
+
+    def local_set_(self, op):
+        index = self.local()
         self.assign(index, self.pop(self.locals[index]))
 
     def local_tee_(self, op):
-        index = self.reader.unsigned()
-        if index >= self.base:
-            raise Invalid("unknown local %d" % index)
+        index = self.local()
         self.assign(index, self.pop(self.locals[index]))
-        self.types.append(self.locals[index])
-        self.slots.append(index)
+        self.push_alias(self.locals[index], index)
 
     def assign(self, index, slot):
         """local := operand. Operands that are this local's old value are saved first; if
         none is, the instruction that made the operand can write the local itself. (An
         instruction without result has no d > 0, and where there is a local, slot > 0.)"""
         slots, saved = self.slots, False
-        if index in slots:
-            for height, other in enumerate(slots):
-                if other == index:
-                    slots[height] = self.base + height
-                    self.emit(do_move, self.base + height, index, 0)
-                    saved = True
+        if index in self.unset:
+            self.unset.remove(index)
+            self.was_set.append(index)
+        if self.aliases:
+            self.count_aliases(len(slots))
+            if index in slots:
+                self.deepest = max(self.deepest, len(slots))
+                for height, other in enumerate(slots):
+                    if other == index:
+                        slots[height] = self.base + height
+                        self.emit(do_move, self.base + height, index, 0)
+                        saved = True
         body = self.block[0]
         if slot >= self.base and not saved and body and body[-1][1] == slot:
             handler, _, a, b = body[-1]
@@ -2406,16 +3665,26 @@ class Translator:
             raise Invalid("immutable global")
         self.emit(do_global_set, None, self.instance.globals[index], self.pop(type.value))
 
+    # -- references --
+
+    def pop_reference(self):
+        """Pops a reference; returns ((heap type, nullable), slot)."""
+        type, slot = self.pop_typed()
+        if type.__class__ is int and type != UNKNOWN:
+            raise Invalid("type mismatch: %s for a reference" % type_name(type))
+        return (type or (UNKNOWN, False)), slot
+
+    def above(self):
+        """The slot above all operands, for an instruction that is one of several."""
+        slot = self.push(I32)
+        self.pop()
+        return slot
+
     def ref_null_(self, op):
-        type = self.reader.byte()
-        if type not in REFERENCE_TYPES:
-            raise Malformed("malformed reference type")
-        self.constant(type, "null", None)
+        self.constant((self.reader.heap_type(), True), "null", None)
 
     def ref_is_null_(self, op):
-        type, slot = self.pop_typed()
-        if type not in REFERENCE_TYPES and type != UNKNOWN:
-            raise Invalid("type mismatch")
+        slot = self.pop_reference()[1]
         self.emit(do_ref_is_null, self.push(I32), slot, 0)
 
     def ref_func_(self, op):
@@ -2423,7 +3692,255 @@ class Translator:
         check_index("function", index, self.module.functions)
         if index not in self.module.declared:
             raise Invalid("undeclared function reference")
-        self.emit(do_ref_func, self.push(FUNCREF), self.instance, index)
+        self.emit(do_ref_func, self.push((self.module.function_type(index), False)), self.instance, index)
+
+    def ref_eq_(self, op):
+        x, y = self.pop_all(((EQ, True), (EQ, True)))
+        self.emit(do_ref_eq, self.push(I32), x, y)
+
+    def ref_as_non_null_(self, op):
+        (heap, _), slot = self.pop_reference()
+        self.emit(do_ref_as_non_null, self.push((heap, False)), slot, 0)
+
+    def br_on_null_(self, op):
+        control, condition = self.label(self.reader.unsigned()), self.above()
+        (heap, _), slot = self.pop_reference()
+        self.emit(do_ref_is_null, condition, slot, 0)
+        slots = self.pop_all(control.label_types)
+        self.branch_if(control, condition, slots)
+        self.keep(control.label_types, slots)
+        self.keep([(heap, False)], [slot])
+
+    def br_on_non_null_(self, op):
+        control, condition = self.label(self.reader.unsigned()), self.above()
+        (heap, _), slot = self.pop_reference()
+        self.emit(do_ref_is_null, condition, slot, 0)
+        self.branch_with(control, (heap, False), slot, condition, False)
+
+    def branch_with(self, control, type, slot, condition, wanted):
+        """A conditional branch that carries a reference, which is off the stack after it."""
+        types = control.label_types
+        if not types or not type_matches(type, types[-1]):
+            raise Invalid("type mismatch")
+        slots = self.pop_all(types[:-1])
+        self.branch_if(control, condition, slots + [slot], wanted)
+        self.keep(types[:-1], slots)
+
+    def test(self, op, nullable):
+        target = self.reader.heap_type(), nullable
+        slot = self.pop((top_of(target[0]), True))
+        self.emit(do_ref_test, self.push(I32), slot, target)
+
+    def ref_test_(self, op):
+        self.test(op, False)
+
+    def ref_test_null_(self, op):
+        self.test(op, True)
+
+    def cast(self, op, nullable):
+        target = self.reader.heap_type(), nullable
+        slot = self.pop((top_of(target[0]), True))
+        self.emit(do_ref_cast, self.push(target), slot, target)
+
+    def ref_cast_(self, op):
+        self.cast(op, False)
+
+    def ref_cast_null_(self, op):
+        self.cast(op, True)
+
+    def cast_immediates(self):
+        """castflags label heaptype heaptype; returns (label, source type, target type)."""
+        flags = self.reader.byte()
+        if flags > 3:
+            raise Malformed("malformed br_on_cast flags")
+        control = self.label(self.reader.unsigned())
+        source = self.reader.heap_type(), bool(flags & 1)
+        target = self.reader.heap_type(), bool(flags & 2)
+        if not type_matches(target, source):
+            raise Invalid("type mismatch")
+        return control, source, target
+
+    def br_on_cast_(self, op):
+        control, source, target = self.cast_immediates()
+        condition, slot = self.above(), self.pop(source)
+        self.emit(do_ref_test, condition, slot, target)
+        self.branch_with(control, target, slot, condition, True)
+        self.keep([(source[0], source[1] and not target[1])], [slot])
+
+    def br_on_cast_fail_(self, op):
+        control, source, target = self.cast_immediates()
+        condition, slot = self.above(), self.pop(source)
+        self.emit(do_ref_test, condition, slot, target)
+        self.branch_with(control, (source[0], source[1] and not target[1]), slot, condition, False)
+        self.keep([target], [slot])
+
+    def convert(self, source, target):
+        """Between external and internal references nothing changes but the type."""
+        (_, nullable), slot = self.pop_reference()
+        self.types.append((source, nullable))
+        self.slots.append(slot)
+        self.pop((source, True))
+        self.keep([(target, nullable)], [slot])
+
+    # -- aggregates --
+
+    def aggregate(self, kind):
+        """Reads and checks the index of a structure or array type."""
+        type = self.reader.type_at(self.reader.unsigned())
+        if type.kind != kind:
+            raise Invalid("type mismatch: not a %s type" % HEAP_NAMES[kind])
+        return type
+
+    def struct_new_(self, op):
+        type = self.aggregate(STRUCT)
+        slots = self.pop_all([unpacked(storage) for storage, _ in type.fields])
+        is_packed = any(storage in (I8, I16) for storage, _ in type.fields)
+        self.emit(do_struct_new_packed if is_packed else do_struct_new, self.push((type, False)), type, slots)
+
+    def struct_new_default_(self, op):
+        type = self.aggregate(STRUCT)
+        if not all(defaultable(storage) for storage, _ in type.fields):
+            raise Invalid("type mismatch: a field has no default value")
+        self.emit(do_struct_new_default, self.push((type, False)), type, 0)
+
+    def field(self):
+        """Reads and checks type and field index; returns (type, index, storage, mutable)."""
+        type, index = self.aggregate(STRUCT), self.reader.unsigned()
+        check_index("field", index, type.fields)
+        return (type, index) + type.fields[index]
+
+    def struct_get_(self, op):
+        type, index, storage, _ = self.field()
+        if (storage in (I8, I16)) != (op.name != "struct.get"):
+            raise Invalid("type mismatch: packed or not")
+        slot = self.pop((type, True))
+        handler, b = do_struct_get, index
+        if op.name == "struct.get_s":
+            handler, b = do_struct_get_s, (index, PACKED_BITS[storage])
+        self.emit(handler, self.push(unpacked(storage)), slot, b)
+
+    struct_get_s_ = struct_get_u_ = struct_get_
+
+    def struct_set_(self, op):
+        type, index, storage, mutable = self.field()
+        if not mutable:
+            raise Invalid("immutable field")
+        slot, value = self.pop_all(((type, True), unpacked(storage)))
+        self.emit(do_struct_set, None, slot, (value, index, storage))
+
+    def array_new_(self, op):
+        type = self.aggregate(ARRAY)
+        slots = self.pop_all((unpacked(type.fields[0][0]), I32))
+        self.emit(do_array_new, self.push((type, False)), type, slots)
+
+    def array_new_default_(self, op):
+        type = self.aggregate(ARRAY)
+        if not defaultable(type.fields[0][0]):
+            raise Invalid("type mismatch: the element has no default value")
+        count = self.pop(I32)
+        self.emit(do_array_new_default, self.push((type, False)), type, count)
+
+    def array_new_fixed_(self, op):
+        type, count = self.aggregate(ARRAY), self.reader.unsigned()
+        if count > MAX_FIELDS:
+            raise Invalid("array.new_fixed of %d elements: at most %d" % (count, MAX_FIELDS))
+        slots = self.pop_all([unpacked(type.fields[0][0])] * count)
+        self.emit(do_array_new_fixed, self.push((type, False)), type, slots)
+
+    def data_array(self, mutable):
+        """Reads and checks type and data index; returns (type, segments, index)."""
+        type, index = self.aggregate(ARRAY), self.data_index(self.reader.unsigned())
+        if mutable and not type.fields[0][1]:
+            raise Invalid("immutable array")
+        if type.fields[0][0].__class__ is tuple:
+            raise Invalid("array type is not numeric or vector")
+        return type, self.instance.datas, index
+
+    def element_array(self, mutable):
+        """Reads and checks type and element index; returns (type, segments, index)."""
+        type, index = self.aggregate(ARRAY), self.element_index(self.reader.unsigned())
+        if mutable and not type.fields[0][1]:
+            raise Invalid("immutable array")
+        if not type_matches(self.module.elements[index].type, type.fields[0][0]):
+            raise Invalid("type mismatch")
+        return type, self.instance.elements, index
+
+    def array_new_data_(self, op):
+        a = self.data_array(False)
+        slots = self.pop_all((I32, I32))
+        self.emit(do_array_new_data, self.push((a[0], False)), a, slots)
+
+    def array_new_elem_(self, op):
+        a = self.element_array(False)
+        slots = self.pop_all((I32, I32))
+        self.emit(do_array_new_elem, self.push((a[0], False)), a, slots)
+
+    def array_get_(self, op):
+        type = self.aggregate(ARRAY)
+        storage = type.fields[0][0]
+        if (storage in (I8, I16)) != (op.name != "array.get"):
+            raise Invalid("type mismatch: packed or not")
+        slot, index = self.pop_all(((type, True), I32))
+        handler, b = do_array_get, index
+        if op.name == "array.get_s":
+            handler, b = do_array_get_s, (index, PACKED_BITS[storage])
+        self.emit(handler, self.push(unpacked(storage)), slot, b)
+
+    array_get_s_ = array_get_u_ = array_get_
+
+    def mutable_array(self):
+        """Reads and checks the index of a mutable array type."""
+        type = self.aggregate(ARRAY)
+        if not type.fields[0][1]:
+            raise Invalid("immutable array")
+        return type
+
+    def array_set_(self, op):
+        type = self.mutable_array()
+        storage = type.fields[0][0]
+        self.emit(do_array_set, None, storage, self.pop_all(((type, True), I32, unpacked(storage))))
+
+    def array_len_(self, op):
+        slot = self.pop((ARRAY, True))
+        self.emit(do_array_len, self.push(I32), slot, 0)
+
+    def array_fill_(self, op):
+        type = self.mutable_array()
+        storage = type.fields[0][0]
+        self.emit(do_array_fill, None, storage, self.pop_all(((type, True), I32, unpacked(storage), I32)))
+
+    def array_copy_(self, op):
+        type, source = self.mutable_array(), self.aggregate(ARRAY)
+        if not type_matches(source.fields[0][0], type.fields[0][0]) or (
+                source.fields[0][0].__class__ is int and source.fields[0][0] != type.fields[0][0]):
+            raise Invalid("array types do not match")
+        self.emit(do_array_copy, None, None, self.pop_all(((type, True), I32, (source, True), I32, I32)))
+
+    def array_init_data_(self, op):
+        a = self.data_array(True)
+        self.emit(do_array_init_data, None, a, self.pop_all(((a[0], True), I32, I32, I32)))
+
+    def array_init_elem_(self, op):
+        type, segments, index = self.element_array(True)
+        self.emit(do_array_init_elem, None, (segments, index), self.pop_all(((type, True), I32, I32, I32)))
+
+    def any_convert_extern_(self, op):
+        self.convert(EXTERN, ANY)
+
+    def extern_convert_any_(self, op):
+        self.convert(ANY, EXTERN)
+
+    def ref_i31_(self, op):
+        slot = self.pop(I32)
+        self.emit(do_ref_i31, self.push((I31_HEAP, False)), slot, 0)
+
+    def i31_get_s_(self, op):
+        slot = self.pop((I31_HEAP, True))
+        self.emit(do_i31_get_s, self.push(I32), slot, 0)
+
+    def i31_get_u_(self, op):
+        slot = self.pop((I31_HEAP, True))
+        self.emit(do_i31_get_u, self.push(I32), slot, 0)
 
     # -- constants --
 
@@ -2443,26 +3960,75 @@ class Translator:
         bits = bytes(self.reader.take(8))
         self.constant(F64, bits, unpack_f64(bits)[0])
 
+    def v128_const_(self, op):
+        value = bytes(self.reader.take(16))
+        self.constant(V128, value, value)
+
+    # -- vectors: what is not regular --
+
+    def ternary_(self, op):
+        """Three operands, the last two of them as slots in b."""
+        x, *others = self.pop_all(op.params)
+        op.handler = op.handler or numeric_handler(op)
+        self.emit(op.handler, self.push(op.results[0]), x, others)
+
+    def lane(self, op):
+        """Reads and checks a lane index; returns the lane's offset."""
+        index = self.reader.byte()
+        if index >= 16 // op.width:
+            raise Invalid("invalid lane index")
+        return index * op.width
+
+    def lane_access_(self, op):
+        """extract_lane and replace_lane"""
+        lane = self.lane(op)
+        x, *others = self.pop_all(op.params)
+        op.handler = op.handler or access_handler(op)
+        self.emit(op.handler, self.push(op.results[0]), x, (others[0], lane) if others else lane)
+
+    def i8x16_shuffle_(self, op):
+        indices = bytes(self.reader.take(16))
+        if max(indices) >= 32:
+            raise Invalid("invalid lane index")
+        x, y = self.pop_all((V128, V128))
+        self.emit(do_shuffle, self.push(V128), x, (y, indices))
+
     # -- memories and tables --
 
     def memarg(self, op):
-        """memarg ::= align offset; returns the offset."""
-        align, offset = self.reader.unsigned(), self.reader.unsigned()
-        if align >= 32:
+        """memarg ::= align [memidx] offset; returns (memory index, offset)."""
+        reader = self.reader
+        align, index = reader.unsigned(), 0
+        if align >= 0x80:
             raise Malformed("malformed memop flags")
-        self.memory(0)
-        if 1 << align > op.width:
-            raise Invalid("alignment must not be larger than natural")
-        return offset
-
-    def memory(self, index=None):
-        """Reads and checks a memory index; returns the Memory."""
-        if index is None:
-            index = self.reader.byte()
-            if index:
-                raise Malformed("zero byte expected")
+        if align & 0x40:
+            align, index = align & 0x3F, reader.unsigned()
+        offset = reader.unsigned(64)
         check_index("memory", index, self.module.memories)
-        return self.instance.memories[index]
+        if 1 << align > op.width or 1 << align < op.width and op.opcode >> 8 == 0xFE:
+            raise Invalid("alignment must not be larger than natural" if op.opcode >> 8 != 0xFE else
+                          "atomic alignment must be natural")
+        if offset > MAX_U32 and self.module.memories[index].address == I32:
+            raise Invalid("offset out of range")
+        return index, offset
+
+    def access_(self, op):
+        """A memory access with more than an address and a value."""
+        index, offset = self.memarg(op)
+        lane = (self.lane(op),) if "lane" in op.immediates else ()
+        address, *others = self.pop_all([self.module.memories[index].address] + op.params[1:])
+        d = self.push(op.results[0]) if op.results else None
+        self.emit(self.instance.memory_handler(op, index), d, address, (offset, *others, *lane))
+
+    def atomic_fence_(self, op):
+        if self.reader.byte():
+            raise Malformed("zero byte expected")
+
+    def memory(self):
+        """Reads and checks a memory index; returns (address type, Memory)."""
+        index = self.reader.unsigned()
+        check_index("memory", index, self.module.memories)
+        return self.module.memories[index].address, self.instance.memories[index]
 
     def table(self):
         """Reads and checks a table index; returns (type of its elements, Table)."""
@@ -2470,34 +4036,35 @@ class Translator:
         check_index("table", index, self.module.tables)
         return self.module.tables[index].element, self.instance.tables[index]
 
-    def pop_three(self, types=(I32, I32, I32)):
-        return tuple(self.pop_all(types))
-
     def memory_size_(self, op):
-        memory = self.memory()
-        self.emit(do_memory_size, self.push(I32), memory, 0)
+        address, memory = self.memory()
+        self.emit(do_memory_size, self.push(address), memory, 0)
 
     def memory_grow_(self, op):
-        memory, count = self.memory(), self.pop(I32)
-        self.emit(do_memory_grow, self.push(I32), memory, count)
+        address, memory = self.memory()
+        count = self.pop(address)
+        self.emit(do_memory_grow, self.push(address), memory, count)
 
     def memory_fill_(self, op):
-        self.emit(do_memory_fill, None, self.memory(), self.pop_three())
+        address, memory = self.memory()
+        self.emit(do_memory_fill, None, memory, self.pop_all((address, I32, address)))
 
     def memory_copy_(self, op):
-        memories = self.memory(), self.memory()
-        self.emit(do_memory_copy, None, memories, self.pop_three())
+        (address, target), (other, source) = self.memory(), self.memory()
+        self.emit(do_memory_copy, None, (target, source), self.pop_all((address, other, smaller(address, other))))
 
     def memory_init_(self, op):
-        index, memory = self.data_index(), self.memory()
-        self.emit(do_memory_init, None, (memory, self.instance.datas, index), self.pop_three())
+        segment = self.reader.unsigned()
+        address, memory = self.memory()
+        index = self.data_index(segment)
+        self.emit(do_memory_init, None, (memory, self.instance.datas, index), self.pop_all((address, I32, I32)))
 
     def data_drop_(self, op):
-        index = self.data_index()
+        index = self.data_index(self.reader.unsigned())
         self.emit(do_drop_segment, None, self.instance.datas, index)
 
-    def data_index(self):
-        index = self.reader.unsigned()
+    def data_index(self, index):
+        """Checks the index of a data segment."""
         if self.module.data_count is None:
             raise Malformed("data count section required")
         if index >= self.module.data_count:
@@ -2506,68 +4073,99 @@ class Translator:
 
     def table_get_(self, op):
         type, table = self.table()
-        index = self.pop(I32)
+        index = self.pop(table.address)
         self.emit(do_table_get, self.push(type), table, index)
 
     def table_set_(self, op):
         type, table = self.table()
-        value = self.pop(type)
-        self.emit(do_table_set, None, table, (self.pop(I32), value))
+        self.emit(do_table_set, None, table, self.pop_all((table.address, type)))
 
     def table_size_(self, op):
         table = self.table()[1]
-        self.emit(do_table_size, self.push(I32), table, 0)
+        self.emit(do_table_size, self.push(table.address), table, 0)
 
     def table_grow_(self, op):
         type, table = self.table()
-        operands = tuple(self.pop_all((type, I32)))
-        self.emit(do_table_grow, self.push(I32), table, operands)
+        operands = self.pop_all((type, table.address))
+        self.emit(do_table_grow, self.push(table.address), table, operands)
 
     def table_fill_(self, op):
         type, table = self.table()
-        self.emit(do_table_fill, None, table, self.pop_three((I32, type, I32)))
+        self.emit(do_table_fill, None, table, self.pop_all((table.address, type, table.address)))
 
     def table_copy_(self, op):
         (type, target), (other, source) = self.table(), self.table()
-        if type != other:
+        if not type_matches(other, type):
             raise Invalid("type mismatch")
-        self.emit(do_table_copy, None, (target, source), self.pop_three())
+        count = smaller(target.address, source.address)
+        self.emit(do_table_copy, None, (target, source), self.pop_all((target.address, source.address, count)))
 
     def table_init_(self, op):
-        index = self.element_index()
+        segment = self.reader.unsigned()
         type, table = self.table()
-        if self.module.elements[index].type != type:
+        index = self.element_index(segment)
+        if not type_matches(self.module.elements[index].type, type):
             raise Invalid("type mismatch")
-        self.emit(do_table_init, None, (table, self.instance.elements, index), self.pop_three())
+        self.emit(do_table_init, None, (table, self.instance.elements, index), self.pop_all((table.address, I32, I32)))
 
     def elem_drop_(self, op):
-        self.emit(do_drop_segment, None, self.instance.elements, self.element_index())
+        self.emit(do_drop_segment, None, self.instance.elements, self.element_index(self.reader.unsigned()))
 
-    def element_index(self):
-        index = self.reader.unsigned()
+    def element_index(self, index):
+        """Checks the index of an element segment."""
         if index >= len(self.module.elements):
             raise Invalid("unknown elem segment %d" % index)
         return index
 
 
-ZERO = {I32: 0, I64: 0, F32: 0.0, F64: 0.0}
+def method_name(op):
+    """The name of the Translator's method for an irregular instruction."""
+    if not op.params:
+        return op.name.replace(".", "_").replace(" ", "_") + "_"
+    return "access_" if "memarg" in op.immediates else "lane_access_" if op.immediates else "ternary_"
+
+
+def smaller(address, other):
+    """The type of a length between two memories or tables."""
+    return I32 if I32 in (address, other) else I64
+
+
+def unpacked(storage):
+    """The value type of what a field holds."""
+    return I32 if storage in (I8, I16) else storage
+
+
+PACKED_BITS = {I8: 8, I16: 16}
+
+
+def shell_of(module):
+    """An instance of empty externs, which nobody calls: what is validated without being
+    instantiated is translated for it."""
+    shell = module.shell
+    if shell is None:
+        shell = module.shell = Instance.__new__(Instance)
+        shell.module, shell.handlers = module, {}
+        shell.functions = [Function(module.types[type], shell, None, index) for index, type in enumerate(module.functions)]
+        shell.tables = [Table(t.element, 0, 0, None, t.limits.address) for t in module.tables]
+        shell.memories = [Memory(0, 0, m.address) for m in module.memories]
+        shell.globals = [Global(t, None) for t in module.globals]
+        shell.tags = [Tag(module.types[index]) for index in module.tags]
+        shell.elements = [()] * len(module.elements)
+        shell.datas = [()] * len(module.datas)
+    return shell
 
 
 def validate_bodies(module):
-    """Validates all functions of a module without instantiating it: they are
-    translated for an instance of empty externs, which nobody calls."""
-    shell = Instance.__new__(Instance)
-    shell.module, shell.handlers = module, {}
-    imported = module.imported_functions
-    bodies = [None] * imported + module.bodies
-    shell.functions = [Function(module.function_type(i), shell, body, i) for i, body in enumerate(bodies)]
-    shell.tables = [Table(t.element) for t in module.tables]
-    shell.memories = [Memory(0, 0) for _ in module.memories]
-    shell.globals = [Global(t, None) for t in module.globals]
-    shell.elements = [()] * len(module.elements)
-    shell.datas = [()] * len(module.datas)
-    for function in shell.functions[imported:]:
-        Translator(function).run()
+    """Validates all functions of a module without instantiating it."""
+    shell = shell_of(module)
+    for index, body in enumerate(module.bodies, module.imported_functions):
+        Translator(Function(module.function_type(index), shell, body, index)).run()
+    module.shell = None
+
+
+def validate_expression(module, body, type):
+    """A constant expression of more than one instruction yields one `type`."""
+    Translator(Function(FunctionType((), (type,)), shell_of(module), body, None)).run()
 
 
 def validate(data):
@@ -2589,53 +4187,98 @@ def validate(data):
 
 def execute(function, arguments):
     """Calls a Function with values in the interpreter's form; returns a list of its
-    results. Raises Trap."""
+    results. Raises Trap, or Thrown for an exception that no handler takes."""
     frames = []
     try:
         block = function.entry or translated(function)
         R = arguments + function.template
         while True:
-            body, kind, x, y, z = block
-            for handler, d, a, b in body:
-                handler(R, d, a, b)
-            if kind == BR_IF:
-                block = x if R[y] else z
-            elif kind == BR:
-                block = x
-            elif kind == RETURN:
-                if not frames:
-                    return [R[slot] for slot in y]
-                caller, (block, d), frame = frames.pop()
-                if len(y) == 1:
-                    frame[d] = R[y[0]]
-                elif y:
-                    frame[d:d + len(y)] = [R[slot] for slot in y]
-                function, R = caller, frame
-            elif kind == BR_TABLE:
-                block = x[min(R[y], z)]
-            else:
-                callee = x if kind == CALL else indirect_callee(x, R)
-                values = [R[slot] for slot in y]
-                if callee.host:
-                    block, d = z
-                    results = callee.call(*values)
-                    if results:
-                        R[d:d + len(results)] = results
-                    continue
-                if len(frames) >= MAX_FRAMES:
-                    raise Exhaustion("call stack exhausted")
-                frames.append((function, z, R))
-                function = callee
-                block = callee.entry or translated(callee)
-                R = values + callee.template
+            try:
+                while True:
+                    body, kind, x, y, z = block
+                    for handler, d, a, b in body:
+                        handler(R, d, a, b)
+                    if kind == BR_IF:
+                        block = x if R[y] else z
+                    elif kind == BR:
+                        block = x
+                    elif kind == RETURN:
+                        if not frames:
+                            return [R[slot] for slot in y]
+                        function, (block, d, _), frame = frames.pop()
+                        if len(y) == 1:
+                            frame[d] = R[y[0]]
+                        elif y:
+                            frame[d:d + len(y)] = [R[slot] for slot in y]
+                        R = frame
+                    elif kind == BR_TABLE:
+                        block = x[min(R[y], z)]
+                    elif kind == THROW:
+                        throw(x, [R[slot] for slot in y])
+                    else:
+                        callee = x if kind == CALL else R[x]
+                        if callee is None:
+                            raise Trap("null function reference")
+                        values = [R[slot] for slot in y]
+                        if callee.host:
+                            results = callee.call(*values) or ()
+                            if kind == TAIL_CALL:
+                                R = list(results)
+                                block = [], RETURN, None, range(len(R)), None
+                            else:
+                                block, d, _ = z
+                                R[d:d + len(results)] = results
+                            continue
+                        if kind != TAIL_CALL:
+                            frames.append((function, z, R))
+                        function = callee
+                        block = callee.entry or translated(callee)
+                        if len(frames) >= callee.limit:
+                            raise Exhaustion("call stack exhausted")
+                        R = values + callee.template
+            except Thrown as thrown:
+                block = landing(z and z[2], thrown, R)
+                while block is None:
+                    if not frames:
+                        raise
+                    function, (_, _, handlers), R = frames.pop()
+                    block = landing(handlers, thrown, R)
     except struct.error:
         trap = out_of_bounds("memory")
     except RecursionError:
         trap = Exhaustion("call stack exhausted")
-    except Trap as caught:
+    except MemoryError:
+        frames, R = [], None            # what follows needs some
+        trap = Exhaustion("out of memory")
+    except (Trap, Thrown) as caught:
         trap = caught
     trap.backtrace += tuple([function] + [frame[0] for frame in reversed(frames)])
     raise trap
+
+
+def throw(tag, values):
+    """throw, or throw_ref for the tag None."""
+    if tag is not None:
+        raise Thrown(tag, values)
+    if values[0] is None:
+        raise Trap("null exception reference")
+    raise values[0]
+
+
+def landing(handlers, thrown, R):
+    """The block where the first handler for an exception goes on, with the values in
+    its slots; None where there is none."""
+    while handlers is not None:
+        clauses, handlers = handlers
+        for tag, wants_reference, block, d in clauses:
+            if tag is None or tag is thrown.tag:
+                values = () if tag is None else thrown.values
+                if wants_reference:
+                    thrown.__traceback__, thrown.backtrace = None, ()
+                    values += (thrown,)
+                R[d:d + len(values)] = values
+                return block
+    return None
 
 
 def execute_any(function, arguments):
@@ -2647,20 +4290,6 @@ def translated(function):
     """The first block of a function that is called for the first time."""
     Translator(function).run()
     return function.entry
-
-
-def indirect_callee(x, R):
-    """The function that call_indirect finds in its table."""
-    table, type, slot = x
-    index = R[slot]
-    if index >= len(table.elements):
-        raise Trap("undefined element")
-    callee = table.elements[index]
-    if callee is None:
-        raise Trap("uninitialized element %d" % index)
-    if callee.type != type:
-        raise Trap("indirect call type mismatch")
-    return callee
 
 
 # === 13. WASI =================================================================
@@ -3411,7 +5040,7 @@ def run_command(data, arguments, environment, preopens, function="_start", prelo
         values = execute_any(instance.exports[function], [])
     except Exit as exit:
         return exit.args[0] & 0xFF
-    except Trap as trap:
+    except (Trap, Thrown) as trap:
         report("error: trap: %s" % trap)
         for depth, place in enumerate(trap.backtrace[:32]):
             report("  %2d: %s" % (depth, place.name))

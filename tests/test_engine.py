@@ -1,11 +1,19 @@
 """Chapters 5 to 12: modules from the text format, through the embedding interface."""
 
 import math
+import os
+import random
+import shutil
+import subprocess
+import sys
 
 import pytest
 
+import fuzz
+import run_spec
+
 import chibishim
-from chibishim import Exhaustion, Global, Instance, Invalid, Malformed, Memory, Module, Trap, Unlinkable, validate
+from chibishim import I32, I64, Exhaustion, FunctionType, Global, Instance, Invalid, Malformed, Memory, Module, Trap, Unlinkable, validate
 
 FACTORIAL = """(module (func $fac (export "fac") (param i64) (result i64)
   (if (result i64) (i64.eqz (local.get 0)) (then (i64.const 1))
@@ -36,6 +44,18 @@ def test_a_local_keeps_its_old_value_on_the_stack_when_it_is_assigned(wat):
     text = """(module (func (export "f") (param i32) (result i32)
       local.get 0  (local.set 0 (i32.add (local.get 0) (i32.const 10)))  local.get 0  i32.sub))"""
     assert run(wat, text, "f", 5) == -10
+
+
+def test_saving_an_old_value_leaves_the_constants_alone(wat):
+    text = """(module (func (export "f") (param i32) (result i32) (local i32)
+      local.get 0  (local.set 0 (i32.const 10))  local.set 1  (local.set 1 (i32.const 10))  local.get 1))"""
+    assert run(wat, text, "f", 5) == 10
+
+
+def test_operands_below_a_block_leave_the_constants_alone(wat):
+    text = """(module (func (export "f") (param i32) (result i32) (local i32)
+      local.get 0  (block (nop))  local.set 1  (local.set 0 (i32.const 10))  local.get 0))"""
+    assert run(wat, text, "f", 5) == 10
 
 
 def test_a_branch_carries_values_past_operands_below(wat):
@@ -146,3 +166,295 @@ def test_an_invalid_body_is_refused_at_its_first_call(wat):
 def test_malformed_modules(data, message):
     with pytest.raises(Malformed, match=message):
         Module(data)
+
+
+# -- later features, each once; the official suite has the rest (test_spec.py) --
+
+
+def test_tail_calls_need_no_stack(wat):
+    text = """(module (func $f (export "f") (param i32) (result i32)
+      (if (i32.eqz (local.get 0)) (then (return (i32.const 7))))
+      (return_call $f (i32.sub (local.get 0) (i32.const 1)))))"""
+    instance = Instance(Module(wat(text, "--enable-tail-call")))
+    assert instance.exports["f"](3 * chibishim.MAX_FRAMES) == 7
+
+
+def test_a_tail_call_to_the_host_returns_its_results(wat):
+    text = """(module (import "h" "g" (func $g (param i32) (result i32)))
+      (func (export "f") (param i32) (result i32) (return_call $g (local.get 0))))"""
+    instance = Instance(Module(wat(text, "--enable-tail-call")), {"h": {"g": lambda x: x + 1}})
+    assert instance.exports["f"](41) == 42
+
+
+def test_a_second_memory(wat):
+    text = """(module (memory 1) (memory $m (export "m") 1)
+      (func (export "f") (i32.store $m offset=4 (i32.const 0) (i32.const 258))))"""
+    instance = Instance(Module(wat(text, "--enable-multi-memory")))
+    instance.exports["f"]()
+    assert bytes(instance.exports["m"].view[:8]) == b"\0\0\0\0\2\1\0\0"
+
+
+@pytest.mark.parametrize("address", [0xFFFFFFFFFFFFFFFF, 1 << 63, 1 << 32, 65533])
+def test_a_64_bit_address_beyond_memory_traps(wat, address):
+    "I9"
+    text = '(module (memory i64 1) (func (export "f") (result i32) (i32.load offset=8 (i64.const %d))))' % address
+    with pytest.raises(Trap, match="out of bounds memory access"):
+        Instance(Module(wat(text, "--enable-memory64"))).exports["f"]()
+
+
+def test_vectors_are_bytes_for_the_embedder(wat):
+    text = """(module (func (export "f") (param v128) (result v128)
+      (i16x8.add (local.get 0) (i16x8.splat (i32.const 0xffff)))))"""
+    assert run(wat, text, "f", bytes(16)) == b"\xff" * 16
+    with pytest.raises(TypeError, match="not 16 bytes"):
+        run(wat, text, "f", b"")
+
+
+# -- chapter 5: types --
+
+
+def test_function_types_of_two_modules_are_equal_by_structure():
+    assert FunctionType((I32,), ()) == FunctionType((I32,), ()) != FunctionType((I64,), ())
+
+
+def test_types_that_nobody_has_any_more_are_forgotten():
+    before = len(chibishim.IDENTITIES)
+    type = FunctionType((I32,) * 17, (I64,) * 13)
+    assert len(chibishim.IDENTITIES) == before + 1
+    del type
+    assert len(chibishim.IDENTITIES) == before
+
+
+@pytest.mark.parametrize("type, other, expected", [
+    (I32, I32, True), (I32, I64, False),
+    ((chibishim.NONE, True), (chibishim.STRUCT, True), True),
+    ((chibishim.I31_HEAP, False), (chibishim.ANY, True), True),
+    ((chibishim.EQ, True), (chibishim.EQ, False), False),
+    ((chibishim.NOFUNC, True), (chibishim.EXTERN, True), False),
+    ((FunctionType((), ()), False), (chibishim.FUNC, False), True),
+    ((FunctionType((), ()), False), (chibishim.ANY, False), False),
+])
+def test_subtyping(type, other, expected):
+    assert chibishim.type_matches(type, other) == expected
+
+
+# -- bounds (security.md I3, I4, I5) --
+
+
+def leb128(value):
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes(out) + bytes((value,))
+
+
+def section(id, *items):
+    content = leb128(len(items)) + b"".join(items)
+    return bytes((id,)) + leb128(len(content)) + content
+
+
+def module_of(body, type=b"\x60\0\0", *more_types):
+    """A module of one function; `body` starts with its locals."""
+    return (b"\0asm\1\0\0\0" + section(1, type, *more_types) + section(3, b"\0")
+            + section(10, leb128(len(body)) + body))
+
+
+def steps(data):
+    """How many Python calls and lines validating takes: a measure of work without a clock."""
+    count = 0
+
+    def count_line(frame, event, argument):
+        nonlocal count
+        count += 1
+        return count_line
+    sys.settrace(count_line)
+    try:
+        Module(data).validate()
+    except chibishim.WasmError:
+        pass
+    finally:
+        sys.settrace(None)
+    return count
+
+
+THOUSAND = b"\x60\0" + leb128(1000) + b"\x7f" * 1000
+HOSTILE = {
+    "blocks over a high stack": lambda n: module_of(b"\1\2\x7f" + b"\x20\0" * n + b"\2\x40\x0b" * n + b"\x1a" * n + b"\x0b"),
+    "nested blocks": lambda n: module_of(b"\0" + b"\2\x40" * n + b"\x0b" * n + b"\x0b"),
+    "br_table": lambda n: module_of(b"\0\x41\0\x0e" + leb128(n) + b"\0" * n + b"\0\x0b"),
+    "br_table of wide labels": lambda n: module_of(
+        b"\0" + b"\2\1" * n + b"\x41\0" * 1000 + b"\x41\0\x0e" + leb128(n - 1) + b"".join(map(leb128, range(n))) + b"\x0b" * n
+        + b"\x0b", b"\x60\0\0", THOUSAND),
+    "locals to be set": lambda n: module_of(
+        b"\1" + leb128(n) + b"\x64\x6e" + b"".join(b"\2\x40\xd0\x6e\xd4\x21" + leb128(i) + b"\x0b" for i in range(n)) + b"\x0b"),
+    "types": lambda n: module_of(b"\0\x0b", b"\x60\0\0", *[THOUSAND] * (n // 100)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_validation_is_linear(name):
+    "I5"
+    small, large = (HOSTILE[name](n) for n in (1000, 4000))
+    assert steps(large) / steps(small) < 2 * len(large) / len(small)
+
+
+def test_a_body_that_overdoes_aliases_gets_none():
+    "I5: looking for them is as expensive as the stack is high"
+    n = 3000
+    body = b"\1\1\x7f" + b"\x20\0" * n + b"\x41\7\x21\1\x20\0\x22\0\x1a" * n + b"\x6a" * (n - 1) + b"\x0b"
+    module = Module(module_of(body, b"\x60\1\x7f\1\x7f"))
+    function = Instance(module).functions[0]
+    translator = chibishim.Translator(function)
+    translator.run()
+    assert not translator.aliases
+    assert function(5) == 5 * n
+
+
+@pytest.mark.parametrize("data, error, message", [
+    (module_of(b"\1\xff\xff\xff\xff\x0f\x7f\x0b"), Malformed, "too many locals"),
+    (module_of(b"\0" + b"\x41\0" * 1000 + b"\2\1\x0b" * 5000 + b"\x1a" * 1000 + b"\x0b", b"\x60\0\0",
+               b"\x60" + 2 * (leb128(1000) + b"\x7f" * 1000)), Exhaustion, "function too complex"),
+    (module_of(b"\0\x0b", b"\x60" + leb128(1001) + b"\x7f" * 1001 + b"\0"), Invalid, "1001 parameters: at most 1000"),
+    (module_of(b"\0\x0b", b"\x4e\xff\xff\xff\xff\x0f"), Malformed, "unexpected end"),
+    (b"\0asm\1\0\0\0" + section(5, *[b"\0\0"] * 101), Invalid, "101 memories: at most 100"),
+])
+def test_bounds_are_said(data, error, message):
+    "I3"
+    with pytest.raises(error, match=message):
+        Module(data).validate()
+
+
+def test_an_exception_reaches_its_handler_or_the_embedder():
+    # $throw: i32 -> throws it; $catch: calls $throw, gives what was thrown plus one
+    throw = b"\0\x20\0\x08\0\x0b"
+    catch = b"\0\2\x7f\x1f\x40\1\0\0\0\x20\0\x10\0\x0b\x41\0\x0b\x41\1\x6a\x0b"
+    data = (b"\0asm\1\0\0\0" + section(1, b"\x60\1\x7f\0", b"\x60\1\x7f\1\x7f") + section(3, b"\0", b"\1")
+            + section(13, b"\0\0") + section(7, b"\5throw\0\0", b"\5catch\0\1")
+            + section(10, leb128(len(throw)) + throw, leb128(len(catch)) + catch))
+    exports = Instance(Module(data)).exports
+    assert exports["catch"](41) == 42
+    with pytest.raises(chibishim.Thrown, match="uncaught exception") as caught:
+        exports["throw"](41)
+    assert caught.value.values == (41,)
+    assert caught.value.backtrace[0] is exports["throw"]
+
+
+def test_a_structure_is_an_opaque_object_for_the_embedder():
+    # (type (struct (field (mut i8)))); makes one of 0x1FF, and reads its field back, signed
+    make = b"\0\x41\xff\3\xfb\0\0\x0b"
+    read = b"\0\x20\0\xfb\3\0\0\x0b"
+    data = (b"\0asm\1\0\0\0" + section(1, b"\x5f\1\x78\1", b"\x60\0\1\x64\0", b"\x60\1\x63\0\1\x7f")
+            + section(3, b"\1", b"\2") + section(7, b"\4make\0\0", b"\4read\0\1")
+            + section(10, leb128(len(make)) + make, leb128(len(read)) + read))
+    exports = Instance(Module(data)).exports
+    assert exports["read"](exports["make"]()) == -1
+    with pytest.raises(Trap, match="null structure reference"):
+        exports["read"](None)
+    with pytest.raises(TypeError):
+        exports["read"](7)
+
+
+def test_a_table_too_large_is_exhaustion(wat):
+    with pytest.raises(Exhaustion, match="table"):
+        Instance(Module(wat("(module (table 0xfffffff0 funcref))")))
+
+
+def test_a_table_that_finds_no_memory_is_exhaustion_or_does_not_grow():
+    "I7"
+    script = """if 1:
+        import resource, sys
+        sys.path.insert(0, %r)
+        import chibishim
+        table = chibishim.Table(chibishim.FUNCREF, 1)
+        resource.setrlimit(resource.RLIMIT_DATA, (1 << 25, 1 << 25))
+        print(table.grow(9000000), len(table.elements))
+        try:
+            chibishim.Table(chibishim.FUNCREF, 9000000)
+        except chibishim.Exhaustion as error:
+            print(error)
+        """ % os.path.dirname(chibishim.__file__)
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"-1 1\nno memory for a table of 9000000 elements\n"
+
+
+def test_a_type_may_be_many_levels_deep():
+    "I4"
+    type = b"\x60\0\0"
+    data = b"\0asm\1\0\0\0" + section(1, type, *[b"\x5f\1\x63" + signed_leb128(i) + b"\0" for i in range(20000)])
+    Module(data).validate()
+
+
+def signed_leb128(value):
+    """A number that is not negative, as signed LEB128."""
+    out = bytearray(leb128(value))
+    if out[-1] & 0x40:
+        out[-1:] = bytes((out[-1] | 0x80, 0))
+    return bytes(out)
+
+
+def test_wide_frames_exhaust_the_stack_before_the_memory(wat):
+    "I4"
+    text = "(module (func $f (export \"f\") (local %s) (call $f)))" % ("i64 " * 5000)
+    with pytest.raises(Exhaustion, match="call stack exhausted") as caught:
+        run(wat, text)
+    assert len(caught.value.backtrace) * 5000 < chibishim.MAX_FRAME_SLOTS + 10000
+
+
+def test_mutated_modules_raise_only_what_is_documented():
+    if run_spec.unpacked() is None:
+        pytest.skip("no official suite in %s" % run_spec.SPEC)
+    tried, findings = fuzz.fuzz(3, 0)
+    assert tried > 100 and findings == []
+
+
+# -- beyond the suite: every numeric instruction on random operands, against wabt --
+
+OPERANDS = {"i": "i32.const", "I": "i64.const"}
+SUFFIX = {"i": "i32", "I": "i64", "f": "f32", "F": "f64"}
+NUMERIC = [row for row in chibishim.INSTRUCTIONS if row[3] and not row[2] and "v" not in row[3]]
+
+
+def expression(choose, letter, depth):
+    """A random expression of a type. NaNs are made canonical: their payload is not specified."""
+    if depth == 0 or choose.random() < 0.1:
+        bits = 32 if letter in "if" else 64
+        value = choose.choice((0, 1, 2, 31, 1 << bits - 1, (1 << bits) - 1, choose.getrandbits(bits), choose.getrandbits(7),
+                               0x3F800000 << bits - 32, 0x4F000000 << bits - 32, 0x7F800000 << bits - 32, 0x43E00000 << bits - 32))
+        constant = "(i%d.const %d)" % (bits, value)
+        return constant if letter in "iI" else "(%s.reinterpret_i%d %s)" % (SUFFIX[letter], bits, constant)
+    name, type = choose.choice([(row[1], row[3]) for row in NUMERIC if row[3].endswith(":" + letter)])
+    text = "(%s %s)" % (name, " ".join(expression(choose, operand, depth - 1) for operand in type.split(":")[0]))
+    if letter in "fF":
+        t = SUFFIX[letter]
+        text = "(select (%s.const nan) (local.tee $%s %s) (%s.ne (local.get $%s) (local.get $%s)))" % (t, t, text, t, t, t)
+    return text
+
+
+def outcome(function):
+    """As wasm-interp prints it."""
+    try:
+        return "%s:%d" % (SUFFIX["i" if function.type.results == (I32,) else "I"],
+                          chibishim.execute(function, [])[0])
+    except Trap as trap:
+        return "error: %s" % trap
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_numeric_expressions_give_what_wasm_interp_gives(wat, tmp_path, seed):
+    if not shutil.which("wasm-interp"):
+        pytest.skip("wasm-interp (Debian package wabt) is not installed")
+    choose = random.Random(seed)
+    functions = []
+    for index in range(300):
+        letter = choose.choice("iI")
+        functions.append('(func (export "%d") (result %s) (local $f32 f32) (local $f64 f64) %s)' % (
+            index, SUFFIX[letter], expression(choose, letter, choose.randrange(1, 5))))
+    data = wat("(module %s)" % "\n".join(functions))
+    path = tmp_path / "m.wasm"
+    path.write_bytes(data)
+    printed = subprocess.run(["wasm-interp", "--run-all-exports", str(path)], stdout=subprocess.PIPE, check=False).stdout.decode()
+    expected = dict(line.split("() => ") for line in printed.splitlines())
+    exports = Instance(Module(data)).exports
+    assert len(expected) == 300
+    assert {name: outcome(function) for name, function in exports.items()} == expected
