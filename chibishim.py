@@ -2671,6 +2671,36 @@ def indirect_callee(x, R):
 # errno. A path is resolved component by component below its preopen and never
 # leaves it.
 
+
+class Libc:
+    """Functions of the C library by name: `libc.mount(…)`. Integers and None are passed
+    as C longs, bytes and buffers as pointers; -1 raises OSError named after the call. By
+    _ctypes, the module under ctypes: a sixth of its import time."""
+
+    def __getattr__(self, name):
+        import _ctypes
+
+        long = type("c_long", (_ctypes._SimpleCData,), {"_type_": "l"})
+        prototype = type("CFunction", (_ctypes.CFuncPtr,), {
+            "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO, "_restype_": long})
+        try:
+            function = prototype(_ctypes.dlsym(_ctypes.dlopen(None, 0), name))
+        except OSError:
+            raise OSError(errno.ENOSYS, "the C library has no %s" % name) from None
+
+        def call(*arguments):
+            _ctypes.set_errno(0)
+            result = function(*[long(a or 0) if a is None or a.__class__ is int else a for a in arguments])
+            if result == -1:
+                code = _ctypes.get_errno()
+                raise OSError(code, "%s: %s" % (name, os.strerror(code)))
+            return result
+        setattr(self, name, call)
+        return call
+
+
+libc = Libc()
+
 WASI_ERRNO = {name: code for code, name in enumerate((
     "SUCCESS E2BIG EACCES EADDRINUSE EADDRNOTAVAIL EAFNOSUPPORT EAGAIN EALREADY EBADF EBADMSG EBUSY ECANCELED "
     "ECHILD ECONNABORTED ECONNREFUSED ECONNRESET EDEADLK EDESTADDRREQ EDOM EDQUOT EEXIST EFAULT EFBIG "
@@ -3434,10 +3464,9 @@ def report(text):
 
 # === 14. Linux ================================================================
 #
-# What the shim asks of the kernel and Python's `os` does not have: a few calls of
-# the C library through _ctypes (the module under ctypes: a sixth of its import
-# time), mount tables, processes, and an event loop. The loop is the program's only
-# thread: a thread next to a fork is a deadlock waiting for its day.
+# What the shim asks of the kernel and Python's `os` does not have: mounts, mount
+# tables, paths inside a container, processes, and an event loop. The loop is the
+# program's only thread: a thread next to a fork is a deadlock waiting for its day.
 
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x80, 0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
@@ -3462,35 +3491,6 @@ CAPABILITIES = """CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID S
     NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE
     SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL
     SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE""".split()
-
-
-class Libc:
-    """Functions of the C library by name: `libc.mount(…)`. Integers and None are passed
-    as C longs, bytes and buffers as pointers; -1 raises OSError named after the call."""
-
-    def __getattr__(self, name):
-        import _ctypes
-
-        long = type("c_long", (_ctypes._SimpleCData,), {"_type_": "l"})
-        prototype = type("CFunction", (_ctypes.CFuncPtr,), {
-            "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO, "_restype_": long})
-        try:
-            function = prototype(_ctypes.dlsym(_ctypes.dlopen(None, 0), name))
-        except OSError:
-            raise OSError(errno.ENOSYS, "the C library has no %s" % name) from None
-
-        def call(*arguments):
-            _ctypes.set_errno(0)
-            result = function(*[long(a or 0) if a is None or a.__class__ is int else a for a in arguments])
-            if result == -1:
-                code = _ctypes.get_errno()
-                raise OSError(code, "%s: %s" % (name, os.strerror(code)))
-            return result
-        setattr(self, name, call)
-        return call
-
-
-libc = Libc()
 
 
 def mount(source, target, type=None, flags=0, data=None):
