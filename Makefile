@@ -5,7 +5,7 @@ SHARED ?= ../shared
 SHIM   := dist/containerd-shim-chibiwasm-v1
 PEERS  := containerd runc wabt protobuf-compiler
 
-.PHONY: all build test install uninstall clean
+.PHONY: all build test wasi programs install uninstall clean
 
 all build: $(SHIM)
 
@@ -24,6 +24,13 @@ test: .venv/ready $(SHIM)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip -q install --disable-pip-version-check pytest
 	touch $@
+
+# The official WASI suite, and real programs with the seconds they take.
+wasi:
+	SHARED=$(SHARED) $(PYTHON) tests/run_wasi.py
+
+programs: $(SHIM)
+	SHARED=$(SHARED) $(PYTHON) tests/run_programs.py --shim=$(SHIM)
 
 install: $(SHIM)
 	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-chibiwasm-v1
