@@ -3122,11 +3122,14 @@ class Wasi:
 
     # -- descriptors --
 
+    def check_room(self, result):
+        """Before anything is created: a number must be free, and storable at `result`."""
+        self.bytes_at(result, 4)
+        if len(self.descriptors) >= MAX_DESCRIPTORS:
+            raise WasiError("EMFILE")
+
     def insert(self, descriptor):
         """The lowest free number, now the descriptor's."""
-        if len(self.descriptors) >= MAX_DESCRIPTORS:
-            os.close(descriptor.fd)
-            raise WasiError("EMFILE")
         number = 3
         while number in self.descriptors:
             number += 1
@@ -3346,7 +3349,7 @@ class Wasi:
             raise WasiError("EINVAL")
         if base & (WRITING_RIGHTS | READING_RIGHTS) & ~directory.inheriting:
             raise WasiError("ENOTCAPABLE")
-        self.bytes_at(result, 4)        # before there is a descriptor to lose
+        self.check_room(result)
         follow = self.follows(lookup, path, size) and not oflags & OFLAGS_EXCL
         parent, name, slash = resolve_path(directory.fd, self.path(path, size), follow)
         try:
@@ -3486,7 +3489,7 @@ class Wasi:
     def sock_accept(self, number, flags, result):
         if flags & ~FDFLAGS_NONBLOCK:
             raise WasiError("EINVAL")
-        self.bytes_at(result, 4)
+        self.check_room(result)
         fd, _ = self.socket(number, "sock_accept", lambda socket: socket._accept())
         os.set_blocking(fd, not flags)
         self.store("I", result, self.insert(Descriptor(fd, CONNECTION_RIGHTS)))

@@ -1,9 +1,9 @@
 """Runs the official WASI preview 1 suite: command modules that check themselves.
 
-    python tests/run_wasi.py [-v] [WORD]…
+    python tests/run_wasi.py [-v] [--walk] [WORD]…
 
-runs the cases whose "LANGUAGE/NAME" contains one of the words (all without). Each
-runs in a process of its own by the command line, with a fresh copy of its folder
+runs the cases whose "LANGUAGE/NAME" contains one of the words (all without), with
+--walk as on a kernel that has no openat2. Each runs in a process of its own by the command line, with a fresh copy of its folder
 preopened as /.
 """
 
@@ -21,6 +21,9 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WASI = os.path.join(ROOT, os.environ.get("SHARED", "../shared"), "wasi")
 CASE_SECONDS = 120
+SHIM = [os.path.join(ROOT, "chibishim.py")]
+WITHOUT_OPENAT2 = ["-c", "import sys; sys.path.insert(0, %r); import chibishim; chibishim.SYS_OPENAT2 = 9999; "
+                   "sys.exit(chibishim.main(sys.argv))" % ROOT]
 
 
 @functools.lru_cache(None)
@@ -55,10 +58,10 @@ def title(case):
     return "%s/%s" % (case["lang"], case["name"])
 
 
-def run_case(case):
+def run_case(case, program=SHIM):
     """What is wrong with a case's outcome, as a text; "" where nothing is."""
     module = os.path.join(unpacked(), case["wasm"])
-    command = [sys.executable, "-IS", os.path.join(ROOT, "chibishim.py"), "run"]
+    command = [sys.executable, "-IS", *program, "run"]
     command += ["--env=%s=%s" % pair for pair in case["env"].items()]
     with tempfile.TemporaryDirectory(prefix="chibishim-case-") as scratch:
         if case["root"]:
@@ -86,10 +89,11 @@ def main(arguments):
     if unpacked() is None:
         print("*** SKIPPED: no p1.tar.xz in %s (set SHARED)" % WASI)
         return 0
-    chosen = cases([a for a in arguments if a != "-v"])
+    chosen = cases([a for a in arguments if not a.startswith("-")])
+    run = functools.partial(run_case, program=WITHOUT_OPENAT2 if "--walk" in arguments else SHIM)
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for case, complaint in zip(chosen, pool.map(run_case, chosen)):
+        for case, complaint in zip(chosen, pool.map(run, chosen)):
             failed += bool(complaint)
             if complaint or "-v" in arguments:
                 print("%-50s %s" % (title(case), complaint or "passed"))
