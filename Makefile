@@ -5,7 +5,7 @@ SHARED ?= ../shared
 SHIM   := dist/containerd-shim-chibiwasm-v1
 PEERS  := containerd runc wabt protobuf-compiler
 
-.PHONY: all build demo test spec fuzz install uninstall clean
+.PHONY: all build demo test spec wasi programs fuzz install uninstall clean
 
 all build: $(SHIM)
 
@@ -36,6 +36,14 @@ spec: .venv/ready
 # Mutated modules: nothing but documented exceptions may come out.
 fuzz: .venv/ready
 	SHARED=$(SHARED) .venv/bin/python tests/fuzz.py $(or $(SECONDS),60)
+
+# The official WASI suite, by openat2 and without; real programs with the seconds they take.
+wasi:
+	SHARED=$(SHARED) $(PYTHON) tests/run_wasi.py
+	SHARED=$(SHARED) $(PYTHON) tests/run_wasi.py --walk
+
+programs: $(SHIM)
+	SHARED=$(SHARED) $(PYTHON) tests/run_programs.py --shim=$(SHIM)
 
 install: $(SHIM)
 	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-chibiwasm-v1
