@@ -3,9 +3,9 @@ PYTHON ?= python3
 PREFIX ?= /usr/local
 SHARED ?= ../shared
 SHIM   := dist/containerd-shim-chibiwasm-v1
-PEERS  := containerd runc wabt protobuf-compiler
+PEERS  := containerd runc wabt protobuf-compiler busybox-static
 
-.PHONY: all build demo test spec wasi programs fuzz install uninstall clean
+.PHONY: all build demo test modules spec wasi programs fuzz install uninstall clean
 
 all build: $(SHIM)
 
@@ -23,11 +23,15 @@ test: .venv/ready $(SHIM)
 	SHARED=$(SHARED) .venv/bin/python -m pytest -q -rs tests
 
 .venv/ready:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v containerd && command -v wat2wasm && command -v protoc && $(PYTHON) -c 'import ensurepip'; } >/dev/null 2>&1; then \
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v containerd && command -v wat2wasm && command -v protoc && command -v busybox && $(PYTHON) -c 'import ensurepip'; } >/dev/null 2>&1; then \
 	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $(PEERS) python3-venv >/dev/null; fi
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip -q install --disable-pip-version-check pytest
 	touch $@
+
+# The binaries of the tests, from their sources.
+modules:
+	for source in tests/modules/*.wat; do wat2wasm --debug-names $$source -o $${source%.wat}.wasm; done
 
 # The official suite of WebAssembly; SUITE is a group, GROUP/FILE or a directory.
 spec: .venv/ready

@@ -7022,7 +7022,10 @@ def container_main(process, steps, setup, status, gate, start_hooks):
     environment = process.get("env") or []
     libc.prctl(PR_SET_PDEATHSIG, 0 if kind == "native" else SIGKILL, 0, 0, 0)
     if kind == "native":
-        os.execve(program, process["args"], dict(pair.split("=", 1) for pair in environment if "=" in pair))
+        try:
+            os.execve(program, process["args"], dict(pair.split("=", 1) for pair in environment if "=" in pair))
+        except OSError as error:
+            raise ContainerError("exec %s: %s" % (program, error.strerror.lower())) from None
     os.close(status)
     os.close(gate)
     return run_command(module or program, process["args"], environment, [("/", "/")], function)
@@ -8695,9 +8698,12 @@ class Driver:
 
 def command_image(words):
     """chibishim image: an OCI image archive with the module as its only file."""
-    options, rest = parse_options(words, ("o", "t", "platform"))
-    if len(rest) != 1 or not options["o"]:
-        raise UsageError("write it as: image -o FILE [-t REF] [--platform OS/ARCH] MODULE")
+    known = ("o", "t", "platform")
+    options, rest = parse_options(words, known)
+    more, after = parse_options(rest[1:], known)        # nothing here is the guest's: options may follow the module
+    options = {name: options[name] + more[name] for name in known}
+    if not rest or after or not options["o"]:
+        raise UsageError("write it as: image MODULE -o FILE [-t REF] [--platform OS/ARCH]")
     path = rest[0]
     name = os.path.basename(path)
     reference = options["t"][-1] if options["t"] else "docker.io/library/%s:latest" % name.rpartition(".")[0].lower()
@@ -8792,7 +8798,7 @@ container [OPTION…] MODULE [ARGUMENT…]   run it in a container, as root or w
   --dir HOST[::GUEST]        mount a directory (at GUEST, an absolute path)
   --env NAME=VALUE           set an environment variable of the guest
 
-image -o FILE [-t REF] [--platform OS/ARCH] MODULE
+image MODULE -o FILE [-t REF] [--platform OS/ARCH]
                              write an OCI image archive for ctr image import
 
 inspect MODULE               print imports, exports and custom sections

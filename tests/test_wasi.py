@@ -956,12 +956,12 @@ def run(module, *arguments, options=(), tmp_path, **keywords):
 
 
 @pytest.fixture
-def ours(wat):
+def ours():
     """ours(name) -> the bytes of a module of tests/modules."""
-    def compile(name):
-        with open(os.path.join(MODULES, name + ".wat")) as file:
-            return wat(file.read())
-    return compile
+    def load(name):
+        with open(os.path.join(MODULES, name + ".wasm"), "rb") as file:
+            return file.read()
+    return load
 
 
 def test_hello(wat, tmp_path):

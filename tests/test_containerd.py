@@ -1,0 +1,288 @@
+"""The whole path: an unmodified containerd runs images through the built zipapp."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import pytest
+
+import containerd as peers
+from containerd import MODULES, PREFIX, RUNTIME, SHIM, Containerd
+
+pytestmark = pytest.mark.skipif(peers.missing() is not None, reason="*** %s: NOTHING of containerd is tested" % peers.missing())
+
+WASM = "local.test/guest:latest"
+HELLO = "local.test/hello:latest"
+NATIVE = "local.test/busybox:latest"
+
+
+@pytest.fixture(scope="module")
+def daemon():
+    with tempfile.TemporaryDirectory(prefix="chibi", dir="/run") as directory:
+        daemon = Containerd(directory)
+        daemon.start()
+        try:
+            for name, reference in (("guest", WASM), ("hello", HELLO)):
+                archive = os.path.join(directory, name + ".tar")
+                subprocess.run([SHIM, "image", os.path.join(MODULES, name + ".wasm"), "-o", archive, "-t", reference], check=True)
+                daemon.import_image(archive)
+            yield daemon
+        finally:
+            daemon.clear()
+            daemon.stop()
+            subprocess.run("umount -l %s/*/*/*/* %s/*/*/* 2>/dev/null" % (directory, directory), shell=True)
+
+
+@pytest.fixture
+def id(daemon, request):
+    """A fresh container's name; afterwards nothing of any container is left."""
+    yield PREFIX + "%d" % (time.time_ns() // 1000 % 10**9)
+    daemon.clear()
+    assert daemon.leftovers() == []
+
+
+def wait_for(condition, seconds=10):
+    """The first true value of condition(), or a failed test."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, "still not true after %d s" % seconds
+        time.sleep(0.02)
+
+
+def start(daemon, id, *arguments, options=()):
+    daemon.ctr("run", "-d", "--runtime", RUNTIME, *options, WASM, id, "/guest.wasm", *arguments, check=True)
+    wait_for(lambda: daemon.task_state(id) == "RUNNING")
+
+
+def test_the_greeting(daemon, id):
+    done = daemon.run(HELLO, id)
+    assert (done.stdout, done.stderr, done.returncode) == (b"Hello, World!\n", b"", 0)
+
+
+def test_the_status_of_proc_exit_arrives(daemon, id):
+    assert daemon.run(WASM, id, "/guest.wasm", "exit").returncode == 7
+
+
+def test_a_trap_is_134_with_a_backtrace_on_stderr(daemon, id):
+    done = daemon.run(WASM, id, "/guest.wasm", "trap")
+    assert done.returncode == 134
+    assert b"unreachable" in done.stderr and done.stdout == b""
+
+
+def test_stdout_and_stderr_are_apart(daemon, id):
+    done = daemon.run(WASM, id, "/guest.wasm", "both")
+    assert (done.stdout, done.stderr, done.returncode) == (b"ready\n", b"ready\n", 0)
+
+
+def test_ten_mebibytes_of_output_arrive_whole(daemon, id):
+    done = daemon.run(WASM, id, "/guest.wasm", "flood")
+    assert done.stdout == bytes(range(256)) * 256 * 160
+
+
+def test_stdin_reaches_the_guest_and_its_end_ends_it(daemon, id):
+    ctr = daemon.popen("run", "--rm", "--runtime", RUNTIME, WASM, id, "/guest.wasm", "cat")
+    wait_for(lambda: daemon.task_state(id) == "RUNNING")     # ctr 1.6 loses an end that comes before Start
+    ctr.stdin.write(b"one line\n" * 1000)
+    output, _ = ctr.communicate(timeout=20)
+    assert (output, ctr.returncode) == (b"one line\n" * 1000, 0)
+
+
+@pytest.mark.parametrize("arguments", [("z",), ("spin",)], ids=["asleep", "in a hot loop"])
+def test_term_ends_a_guest_at_once(daemon, id, arguments):
+    ctr = daemon.popen("run", "--rm", "--runtime", RUNTIME, WASM, id, "/guest.wasm", *arguments)
+    assert ctr.stdout.readline() == b"ready\n"
+    began = time.monotonic()
+    daemon.ctr("task", "kill", "-s", "TERM", id, check=True)
+    ctr.wait(10)
+    assert ctr.returncode == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 5
+
+
+def test_a_detached_task_is_listed_killed_and_removed(daemon, id):
+    start(daemon, id, "z")
+    pid = daemon.task_pid(id)
+    assert os.path.exists("/proc/%d" % pid)
+    daemon.ctr("task", "kill", "-s", "KILL", id, check=True)
+    wait_for(lambda: daemon.task_state(id) == "STOPPED")
+    removed = daemon.ctr("task", "rm", id)
+    assert b"137" in removed.stderr
+    assert not os.path.exists("/proc/%d" % pid)
+
+
+def test_a_running_task_is_not_removed_without_force(daemon, id):
+    start(daemon, id, "z")
+    refused = daemon.ctr("task", "rm", id)
+    assert refused.returncode and daemon.task_state(id) == "RUNNING"
+    daemon.ctr("task", "delete", "-f", id)
+    assert daemon.task_state(id) is None
+
+
+def test_events_come_in_order(daemon, id):
+    watcher = daemon.popen("events")
+    time.sleep(0.5)
+    daemon.run(HELLO, id, check=True)
+    time.sleep(0.5)
+    watcher.terminate()
+    text = watcher.communicate()[0].decode()
+    topics = [word for line in text.splitlines() for word in line.split() if word.startswith("/tasks/")]
+    assert topics == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
+
+
+def test_metrics_tell_of_memory_and_processes(daemon, id):
+    start(daemon, id, "z")
+    text = daemon.ctr("task", "metrics", id, check=True).stdout.decode()
+    values = dict(line.split()[:2] for line in text.splitlines() if len(line.split()) == 2)
+    assert int(values.get("memory.usage_in_bytes", values.get("memory.usage", 0))) > 100_000
+    assert int(values["pids.current"]) == 1
+
+
+def test_a_paused_guest_does_not_run(daemon, id):
+    start(daemon, id, "spin")
+    pid = daemon.task_pid(id)
+    daemon.ctr("task", "pause", id, check=True)
+    assert daemon.task_state(id) == "PAUSED"
+    before = cpu_ticks(pid)
+    time.sleep(0.3)
+    assert cpu_ticks(pid) == before
+    daemon.ctr("task", "resume", id, check=True)
+    wait_for(lambda: cpu_ticks(pid) > before)
+
+
+def cpu_ticks(pid):
+    with open("/proc/%d/stat" % pid) as file:
+        return int(file.read().rsplit(") ", 1)[1].split()[11])
+
+
+def test_a_missing_program_is_an_error_that_names_it(daemon, native, id):
+    done = daemon.run(NATIVE, id, "/no/such")
+    assert done.returncode and b"/no/such" in done.stderr
+
+
+def test_a_file_that_is_no_program_is_an_error_that_names_it(daemon, native, id):
+    done = daemon.run(NATIVE, id, "/notes.txt")
+    assert done.returncode and b"/notes.txt" in done.stderr
+
+
+def test_a_killed_shim_leaves_nothing(daemon, id):
+    start(daemon, id, "z")
+    pid = daemon.task_pid(id)
+    for shim in daemon.shims():
+        if shim != pid:
+            os.kill(shim, signal.SIGKILL)
+    wait_for(lambda: daemon.task_state(id) in (None, "STOPPED", "UNKNOWN"))
+    wait_for(lambda: not os.path.exists("/proc/%d" % pid))
+    daemon.clear()
+
+
+def test_a_restarted_containerd_finds_the_task(daemon, id):
+    start(daemon, id, "z")
+    pid = daemon.task_pid(id)
+    daemon.stop()
+    assert os.path.exists("/proc/%d" % pid)
+    daemon.start()
+    wait_for(lambda: daemon.task_state(id) == "RUNNING")
+    assert daemon.task_pid(id) == pid
+    daemon.ctr("task", "kill", id, check=True)
+    wait_for(lambda: daemon.task_state(id) == "STOPPED")
+
+
+def test_a_task_that_ended_while_containerd_was_away_is_stopped(daemon, id):
+    start(daemon, id, "z")
+    pid = daemon.task_pid(id)
+    daemon.stop()
+    os.kill(pid, signal.SIGKILL)
+    daemon.start()
+    wait_for(lambda: daemon.task_state(id) == "STOPPED")
+
+
+def test_a_hundred_runs_leave_nothing(daemon, id):
+    for number in range(100):
+        done = daemon.run(HELLO, "%s-%d" % (id, number))
+        assert (done.stdout, done.returncode) == (b"Hello, World!\n", 0), done.stderr
+
+
+def test_twenty_at_once_leave_nothing(daemon, id):
+    results = []
+
+    def run(number):
+        results.append(daemon.run(HELLO, "%s-%d" % (id, number)))
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [(done.stdout, done.returncode) for done in results] == [(b"Hello, World!\n", 0)] * 20
+
+
+def test_limits_of_ctr_reach_the_cgroup(daemon, id):
+    start(daemon, id, "z", options=("--memory-limit", "67108864"))
+    with open("/proc/%d/cgroup" % daemon.task_pid(id)) as file:
+        groups = dict(line.strip().split(":")[1:] for line in file)
+    if "memory" in groups:
+        path = "/sys/fs/cgroup/memory%s/memory.limit_in_bytes" % groups["memory"]
+    else:
+        path = "/sys/fs/cgroup%s/memory.max" % groups[""]
+    with open(path) as file:
+        assert int(file.read()) == 67108864
+
+
+@pytest.fixture(scope="module")
+def native(daemon):
+    if not os.path.exists("/bin/busybox"):
+        pytest.skip("busybox (Debian package busybox-static) is not installed")
+    with open("/bin/busybox", "rb") as file:
+        program = file.read()
+    archive = os.path.join(daemon.directory, "busybox.tar")
+    peers.image_of({"bin/sh": program, "bin/busybox": program, "notes.txt": b"no program"}, [], NATIVE, archive)
+    daemon.import_image(archive)
+    return lambda id, text, **more: daemon.run(NATIVE, id, "/bin/busybox", "sh", "-c", text, **more)
+
+
+def test_a_native_program_runs_by_its_content(native, id):
+    done = native(id, "echo native; exit 3")
+    assert (done.stdout, done.returncode) == (b"native\n", 3), done.stderr
+
+
+def test_a_native_program_sees_its_own_namespaces(native, id):
+    done = native(id, "busybox ps | busybox wc -l; busybox hostname; busybox cat /proc/self/status")
+    text = done.stdout.decode()
+    assert "NoNewPrivs:\t1" in text and "CapEff:\t00000000a80425fb" in text, done.stderr
+
+
+def test_exec_runs_another_program_in_the_container(daemon, native, id):
+    daemon.ctr("run", "-d", "--runtime", RUNTIME, NATIVE, id, "/bin/busybox", "sleep", "1000", check=True)
+    wait_for(lambda: daemon.task_state(id) == "RUNNING")
+    done = daemon.ctr("task", "exec", "--exec-id", "x1", id, "/bin/busybox", "sh", "-c", "echo inside; exit 5")
+    assert (done.stdout, done.returncode) == (b"inside\n", 5), done.stderr
+
+
+def test_exec_runs_a_module_in_the_container(daemon, id):
+    start(daemon, id, "z")
+    done = daemon.ctr("task", "exec", "--exec-id", "x1", id, "/guest.wasm", "both")
+    assert (done.stdout, done.stderr, done.returncode) == (b"ready\n", b"ready\n", 0)
+
+
+def test_a_terminal_is_one(daemon, native, id):
+    import pty
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execvp("ctr", ["ctr", "-a", daemon.address, "run", "--rm", "-t", "--runtime", RUNTIME, NATIVE, id,
+                          "/bin/busybox", "sh", "-c", "test -t 0 && test -t 1 && echo a terminal; exit 4"])
+    text = b""
+    while True:
+        try:
+            data = os.read(master, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        text += data
+    _, status = os.waitpid(pid, 0)
+    assert b"a terminal\r" in text and os.waitstatus_to_exitcode(status) == 4
