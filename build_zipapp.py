@@ -27,24 +27,46 @@ code = compile(source, "chibishim.py", "exec", dont_inherit=True, optimize=2)
 sys.stdout.buffer.write(importlib.util.MAGIC_NUMBER.hex().encode() + b"\\n" + marshal.dumps(code))
 """
 
-# Starts chibishim as a module of that name, so that tracebacks and imports find it.
+# Starts chibishim as a module of that name, so that tracebacks and imports find it. The
+# kernel frees a process faster than Python does, hence _exit.
 MAIN = """\
-import sys
-import _imp
+import gc
 import marshal
-loader = __loader__
-magic = __import__("_frozen_importlib_external").MAGIC_NUMBER.hex()
+import posix
+import sys
+gc.disable()
+loader = globals().get("z") or __loader__
+sys.argv[0] = loader.archive
 module = type(sys)("chibishim")
 module.__loader__ = loader
 module.__file__ = loader.archive + "/chibishim.py"
 sys.modules["chibishim"] = module
 try:
-    code = marshal.loads(loader.get_data("code/" + magic))
+    code = marshal.loads(loader.get_data("code/" + __import__("_frozen_importlib_external").MAGIC_NUMBER.hex()))
 except OSError:
     code = compile(loader.get_data("chibishim.py"), "chibishim.py", "exec", dont_inherit=True, optimize=2)
 exec(code, module.__dict__)
-sys.exit(module.main(sys.argv))
+gc.freeze()
+gc.enable()
+status = module.main(sys.argv)
+sys.stdout.flush()
+posix._exit(status)
 """
+
+# Python runs an archive through runpy, whose imports take longer than all of chibishim's.
+# The kernel passes what follows the interpreter as one argument: options and, after c,
+# a command that does the same as runpy. Before Linux 5.1 a first line has 127 bytes.
+COMMAND = "c" "import sys,zipimport as i;z=i.zipimporter(sys.argv.pop(1));exec(z.get_data('__main__.py'))"
+SHEBANG_BYTES = 127
+
+
+def shebang(python):
+    """The first line: an isolated Python without site."""
+    for command in (COMMAND, ""):
+        line = b"#!%s -IS%s\n" % (os.fsencode(python), command.encode())
+        if len(line) <= SHEBANG_BYTES:
+            return line
+    sys.exit("build_zipapp: --python %s: too long for a first line of %d bytes" % (python, SHEBANG_BYTES))
 
 
 def candidates():
@@ -84,7 +106,7 @@ def build(output, python, compilers, required):
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     temporary = output + ".new"
     with open(temporary, "wb") as file:
-        file.write(b"#!%s -IS\n" % os.fsencode(python))
+        file.write(shebang(python))
         with zipfile.ZipFile(file, "w") as archive:
             add(archive, "__main__.py", MAIN.encode())
             for magic in sorted(compiled):
