@@ -65,13 +65,17 @@ class Unlinkable(WasmError):
 
 class Trap(WasmError):
     """Execution stopped abnormally (section 4.1). `backtrace` lists the active
-    calls, innermost first, as chapter 12 says; backtrace_of() tells their names and offsets."""
+    calls as (Function, offset in the module), innermost first."""
 
     backtrace = ()
 
 
 class Exhaustion(Trap):
     """A limit of this implementation was reached: the call stack, most often."""
+
+
+class Timeout(Exhaustion):
+    """The time that the embedder granted is over; raised wherever the guest is."""
 
 
 class Thrown(WasmError):
@@ -3005,15 +3009,16 @@ def python_function(type, call, name):
 #
 # What is left is a graph of basic blocks. A block is a list
 #
-#     [ body, kind, x, y, z ]     body: [(handler, d, a, b), …]
+#     [ body, kind, x, y, z ]     body: [(handler, d, a, b, at), …]
 #
+# where `at` is the instruction's offset in the function's body, for backtraces, and
 # whose kind says how it ends:
 #
 #     BR         go to x                       BR_TABLE   go to x[min(R[y], z)]
 #     BR_IF      go to x if R[y] else z        RETURN     with the values R[i], i in y
-#     CALL       x = callee, y = argument slots, z = (next block, first result's slot, handlers)
+#     CALL       x = callee, y = argument slots, z = (next block, first result's slot, handlers, at)
 #     CALL_REF   x = slot of the callee, y and z as for CALL
-#     TAIL_CALL  x = slot of the callee, y = argument slots
+#     TAIL_CALL  x = slot of the callee, y = argument slots, z as for CALL
 #     THROW      x = tag, y = slots of its values, z as for CALL; x = None: rethrow R[y[0]]
 #
 # The handlers of a place are None or (clauses, handlers further out), a clause is
@@ -3056,7 +3061,7 @@ class Translator:
     Raises Malformed or Invalid."""
 
     __slots__ = ("function", "instance", "module", "reader", "locals", "zeros", "types", "slots", "controls", "block", "base",
-                 "deepest", "constants", "unset", "was_set", "handlers", "aliases", "alias_steps", "operand_steps")
+                 "deepest", "constants", "unset", "was_set", "handlers", "aliases", "alias_steps", "operand_steps", "at")
 
     def __init__(self, function):
         self.function = function
@@ -3077,6 +3082,7 @@ class Translator:
         self.deepest = 0
         self.constants = {}         # key -> (slot, value)
         self.handlers = None
+        self.at = 0                 # where the current instruction is
         self.aliases = True         # whether an operand may be a local's or a constant's slot
         self.alias_steps = ALIAS_STEPS_PER_BYTE * reader.end + 10000
         self.operand_steps = OPERAND_STEPS_PER_BYTE * reader.end + 100000
@@ -3124,11 +3130,11 @@ class Translator:
         is_plain_memory = bool(memories) and memories[0].address == I32
         local_get = 0x20 if self.aliases and not self.unset else -1
         while controls:
-            position = reader.position
-            if position >= end:
+            at = reader.position
+            if at >= end:
                 return
-            opcode = data[position]
-            reader.position = position + 1
+            opcode = data[at]
+            reader.position = at + 1
             if opcode == local_get:
                 index = reader.unsigned()
                 if index >= base:
@@ -3146,6 +3152,7 @@ class Translator:
                 method = op.method
                 if method is None:
                     method = op.method = getattr(Translator, method_name(op))
+                self.at = at
                 method(self, op)
                 if not self.aliases:
                     local_get = -1
@@ -3172,15 +3179,15 @@ class Translator:
                 a = self.pop(params[0]) if count == 2 else b
             d = base + len(slots)
             if shape == STORE:
-                self.block[0].append((access, -offset, a, b))
+                self.block[0].append((access, -offset, a, b, at))
                 continue
             if shape == LOAD:
-                self.block[0].append((access, d, a, offset))
+                self.block[0].append((access, d, a, offset, at))
             else:
                 handler = op.handler
                 if handler is None:
                     handler = op.handler = numeric_handler(op)
-                self.block[0].append((handler, d, a, b))
+                self.block[0].append((handler, d, a, b, at))
             types.append(op.results[0])
             slots.append(d)
             if len(slots) > self.deepest:
@@ -3255,7 +3262,7 @@ class Translator:
             self.emit(do_move, self.push(type), slot, 0)
 
     def emit(self, handler, d, a, b):
-        self.block[0].append((handler, d, a, b))
+        self.block[0].append((handler, d, a, b, self.at))
 
     def settle(self):
         """Moves the operands of this construct into the slots of their own heights; the
@@ -3367,11 +3374,11 @@ class Translator:
 
     def throw_(self, op):
         type, tag = self.tag()
-        self.finish(THROW, tag, tuple(self.pop_all(type.params)), (None, 0, self.handlers))
+        self.finish(THROW, tag, tuple(self.pop_all(type.params)), (None, 0, self.handlers, self.at))
         self.unreachable()
 
     def throw_ref_(self, op):
-        self.finish(THROW, None, (self.pop(EXNREF),), (None, 0, self.handlers))
+        self.finish(THROW, None, (self.pop(EXNREF),), (None, 0, self.handlers, self.at))
         self.unreachable()
 
     def loop_(self, op):
@@ -3450,7 +3457,7 @@ class Translator:
         """The block to go to for a branch that carries the operands in `slots`: the
         label's own, or one that first moves them where the label expects them."""
         wanted = range(self.base + control.height, self.base + control.height + len(slots))
-        moves = [(do_move, d, a, 0) for d, a in zip(wanted, slots) if d != a]
+        moves = [(do_move, d, a, 0, self.at) for d, a in zip(wanted, slots) if d != a]
         needed = control.height + len(slots)
         if needed > self.deepest:
             self.deepest = needed
@@ -3581,7 +3588,7 @@ class Translator:
         """Ends the block with a call; the results go to the slots of their heights."""
         arguments = tuple(self.pop_all(type.params))
         following = new_block()
-        self.finish(kind, x, arguments, (following, self.base + len(self.slots), self.handlers))
+        self.finish(kind, x, arguments, (following, self.base + len(self.slots), self.handlers, self.at))
         self.block = following
         self.push_all(type.results)
 
@@ -3589,7 +3596,7 @@ class Translator:
         """Ends the block with a call in place of this function's frame."""
         if not types_match(type.results, self.controls[0].results):
             raise Invalid("type mismatch")
-        self.finish(TAIL_CALL, slot, tuple(self.pop_all(type.params)))
+        self.finish(TAIL_CALL, slot, tuple(self.pop_all(type.params)), (None, 0, None, self.at))
         self.unreachable()
 
     # -- parametric and variable instructions --
@@ -3653,8 +3660,8 @@ class Translator:
                         saved = True
         body = self.block[0]
         if slot >= self.base and not saved and body and body[-1][1] == slot:
-            handler, _, a, b = body[-1]
-            body[-1] = handler, index, a, b
+            handler, _, a, b, at = body[-1]
+            body[-1] = handler, index, a, b, at
         elif slot != index:
             self.emit(do_move, index, slot, 0)
 
@@ -4190,17 +4197,14 @@ def validate(data):
 # list here and not on Python's stack, so a deep recursion of the guest is a trap at
 # MAX_FRAMES and nothing else; only a host function that calls back nests.
 #
-# A trap's backtrace has a tuple (function, mark, done) for each active call. Of the
-# innermost, `mark` is the block and `done` how many instructions of its body were; of
-# the others `mark` is the z of the block that calls, and `done` is None, as it is where
-# the end of the innermost block trapped. Chapter 12b makes offsets of them: what is
-# kept here costs an iterator for each block and nothing else.
+# A trap's backtrace has a pair (Function, offset in the module) for each active call,
+# innermost first. While `handler` is None, the end of the block is being executed.
 
 
 def execute(function, arguments):
     """Calls a Function with values in the interpreter's form; returns a list of its
     results. Raises Trap, or Thrown for an exception that no handler takes."""
-    frames, unwound, steps = [], (), None
+    frames, unwound, handler, z = [], (), None, (None, 0, None, 0)
     try:
         block = function.entry or translated(function)
         R = arguments + function.template
@@ -4208,8 +4212,7 @@ def execute(function, arguments):
             try:
                 while True:
                     body, kind, x, y, z = block
-                    steps = iter(body)
-                    for handler, d, a, b in steps:
+                    for handler, d, a, b, at in body:
                         handler(R, d, a, b)
                     if kind == BR_IF:
                         block = x if R[y] else z
@@ -4218,7 +4221,7 @@ def execute(function, arguments):
                     elif kind == RETURN:
                         if not frames:
                             return [R[slot] for slot in y]
-                        function, (block, d, _), frame = frames.pop()
+                        function, (block, d, _, _), frame = frames.pop()
                         if len(y) == 1:
                             frame[d] = R[y[0]]
                         elif y:
@@ -4227,10 +4230,10 @@ def execute(function, arguments):
                     elif kind == BR_TABLE:
                         block = x[min(R[y], z)]
                     elif kind == THROW:
-                        steps = None
+                        handler = None
                         throw(x, [R[slot] for slot in y])
                     else:
-                        steps = None            # what goes wrong now is no instruction's fault
+                        handler = None
                         callee = x if kind == CALL else R[x]
                         if callee is None:
                             raise Trap("null function reference")
@@ -4241,29 +4244,27 @@ def execute(function, arguments):
                                 R = list(results)
                                 block = [], RETURN, None, range(len(R)), None
                             else:
-                                block, d, _ = z
+                                block, d, _, _ = z
                                 R[d:d + len(results)] = results
                             continue
-                        if kind != TAIL_CALL:
-                            frames.append((function, z, R))
-                        function = callee
                         block = callee.entry or translated(callee)
                         if len(frames) >= callee.limit:
-                            steps = iter(block[0])
                             raise Exhaustion("call stack exhausted")
-                        R = values + callee.template
+                        if kind != TAIL_CALL:
+                            frames.append((function, z, R))
+                        function, R = callee, values + callee.template
             except Thrown as thrown:
-                unwound = [place(function, block, steps)]
+                unwound = [(function, z[3])]
                 block = landing(z and z[2], thrown, R)
                 while block is None:
                     if not frames:
                         raise
                     function, z, R = frames.pop()
-                    unwound.append((function, z, None))
+                    unwound.append((function, z[3]))
                     block = landing(z[2], thrown, R)
                 unwound = ()
     except struct.error:
-        if steps is None or handler not in function.instance.handlers.values():
+        if handler is None or handler not in function.instance.handlers.values():
             raise                       # not of a memory access: a host function's own
         trap = out_of_bounds("memory")
     except RecursionError:
@@ -4273,14 +4274,18 @@ def execute(function, arguments):
         trap = Exhaustion("out of memory")
     except (Trap, Thrown) as caught:
         trap = caught
-    trap.backtrace += (*(unwound or [place(function, block, steps)]), *((f, z, None) for f, z, _ in reversed(frames)))
+    if trap.__class__ is Timeout:
+        at, handler = start_of(block), handler or start_of
+    active = unwound or [(function, at if handler else z[3])]
+    active += [(caller, z[3]) for caller, z, _ in reversed(frames)]
+    trap.backtrace += tuple([(function, function.body.start + at) for function, at in active])
     raise trap
 
 
-def place(function, block, steps):
-    """The innermost active call, for a backtrace; `steps` is the iterator over the block's
-    body, None beyond it."""
-    return function, block, None if steps is None else max(0, len(block[0]) - steps.__length_hint__() - 1)
+def start_of(block):
+    """Where the first instruction of a block is, of those that left a trace of it."""
+    body, _, _, _, z = block
+    return body[0][4] if body else z[3] if z.__class__ is tuple else 0
 
 
 def throw(tag, values):
@@ -4328,9 +4333,7 @@ def translated(function):
 #
 # Nobody pays for this who does not use it. To trace functions or to count what they
 # execute, they are translated by a Stepwise in place of a Translator, which inserts steps
-# of its own among the instructions'. And where a trap happened is found out after the
-# fact: translating the function again, step by step, gives the same blocks, now with the
-# offset that each step comes from.
+# of its own among the instructions'.
 
 
 class Disassembler(TypeReader):
@@ -4518,7 +4521,7 @@ def value_text(module, type):
 def function_text(module, index):
     """'12 (;main;)': a function's index, and its name where it has one."""
     name = function_name(module, index)
-    return "%d (;%s;)" % (index, comment(name)) if name else str(index)
+    return "%s (;%s;)" % (index, comment(name)) if name else str(index)
 
 
 def comment(name):
@@ -4527,7 +4530,10 @@ def comment(name):
 
 
 def function_name(module, index):
-    """The name of a function by the name section, an import or an export; None without."""
+    """The name of a function by the name section, an import or an export; None without.
+    A constant expression has the index None."""
+    if index is None:
+        return "constant expression"
     name = module.function_names().get(index)
     if name is None and index < module.imported_functions:
         item = [item for item in module.imports if item.kind == "func"][index]
@@ -4563,17 +4569,15 @@ def disassemble(module, wanted=None):
 
 
 class Stepwise(Translator):
-    """Translates one instruction at a time. `origins` is {id of a block: (the block, [the
-    offset in the module that each of its steps comes from, that of its end last])}. With
-    `trace`, a function of a line of text, each instruction is announced to it before it
-    is executed; with `tank`, a list [number that is left, at first], each block takes the number of
+    """Translates one instruction at a time. With `trace`, a function of a line of text,
+    each instruction is announced to it before it is executed; with `tank`, a list [number that is left, at first], each block takes the number of
     its instructions out, and traps when they are not there."""
 
-    __slots__ = ("origins", "trace", "tank", "cost", "charged", "lowest")
+    __slots__ = ("trace", "tank", "cost", "charged", "lowest")
 
-    def __init__(self, function, trace=None, tank=None):
+    def __init__(self, function, trace, tank):
         super().__init__(function)
-        self.origins, self.trace, self.tank = {}, trace, tank
+        self.trace, self.tank = trace, tank
         self.cost = self.charged = None     # how many instructions the block `charged` has
         self.lowest = 0                     # how low the operand stack was within an instruction
         self.aliases = not trace            # else an operand lies where its height says
@@ -4583,32 +4587,30 @@ class Stepwise(Translator):
         code = Disassembler(self.module, function.body)
         code.position += reader.position
         if self.trace:
-            self.announce("func " + (function_text(self.module, function.index) if function.index is not None else "constant"),
+            self.announce("func " + function_text(self.module, function.index),
                           [(type, slot) for slot, type in enumerate(function.type.params)])
         while self.controls and code.position < code.end:
             start = code.position
             op, text = code.instruction()
             reader.end = code.position - function.body.start
-            self.instruction(op, text, start)
+            self.instruction(op, "%#08x  %s" % (start, text))
         reader.end = whole
 
-    def instruction(self, op, text, start):
+    def instruction(self, op, line):
         """Translates the next instruction, which is all that the reader's window shows."""
-        block = self.block
-        if self.tank and self.charged is not block:
-            self.charged, self.cost = block, [0]
+        self.at = self.reader.position
+        if self.tank and self.charged is not self.block:
+            self.charged, self.cost = self.block, [0]
             self.emit(do_burn, None, self.tank, self.cost)
         if self.tank:
             self.cost[0] += 1
         if self.trace:
             operands, types, slots = [], list(self.types), list(self.slots)
-            self.announce("%#08x  %s" % (start, text), operands)
+            self.announce(line, operands)
             self.lowest = len(slots) - (len(op.params) if op.shape != IRREGULAR else 0)
         super().instructions()
         if self.trace:
             operands += zip(types[self.lowest:], slots[self.lowest:])
-        self.origins.setdefault(id(block), (block, []))[1].extend(
-            [start] * (len(block[0]) + (self.block is not block) - len(self.origins[id(block)][1])))
 
     def announce(self, line, operands):
         """Emits the step that traces a line with the values of `operands`, (type, slot)."""
@@ -4646,53 +4648,12 @@ def instrument(trace=None, tank=None):
 
 
 def backtrace_of(trap):
-    """[(name, offset in the module)] of a trap's active calls, innermost first; the offset
-    is None where it cannot be told."""
-    return [(function_name(call[0].instance.module, call[0].index) or "func[%s]" % call[0].index, offset_of(*call))
-            for call in trap.backtrace[:MAX_BACKTRACE]]
+    """[(name, offset in the module)] of a trap's innermost active calls."""
+    return [(function_name(function.instance.module, function.index) or "func[%d]" % function.index, offset)
+            for function, offset in trap.backtrace[:MAX_BACKTRACE]]
 
 
 MAX_BACKTRACE = 32
-
-
-def offset_of(function, mark, done):
-    """The offset of the instruction at which an active call was; see chapter 12."""
-    again = Function(function.type, function.instance, function.body, function.index)
-    translator = (function.instance.module.translator or Stepwise)(again)
-    translator.run()
-    for block, twin in twins(function.entry, again.entry):
-        if block is mark or block[4] is mark:
-            offsets = translator.origins.get(id(twin), (None, ()))[1]
-            return offsets[-1 if done is None else done] if len(offsets) > (done or 0) else None
-    return None
-
-
-def twins(block, other):
-    """Yields the pairs of corresponding blocks of two translations of a function."""
-    pending, seen = [(block, other)], set()
-    while pending:
-        block, other = pending.pop()
-        if id(block) not in seen and block is not None:
-            seen.add(id(block))
-            yield block, other
-            pending += zip(successors(block), successors(other))
-
-
-def successors(block):
-    """The blocks that a block may go on to."""
-    _, kind, x, _, z = block
-    if kind in (BR, BR_IF):
-        return [x, z]
-    if kind == BR_TABLE:
-        return x
-    if z is None:
-        return []
-    following, _, handlers = z
-    found = [following]
-    while handlers is not None:
-        clauses, handlers = handlers
-        found += [block for _, _, block, _ in clauses]
-    return found
 
 
 # === 13. WASI =================================================================
@@ -5725,7 +5686,7 @@ def run_command(data, arguments, environment, preopens, function="_start", prelo
         stop_timer(timeout)
         report("error: trap: %s" % trap)
         for depth, (name, offset) in enumerate(backtrace_of(trap)):
-            report("  %2d: %10s - %s" % (depth, "?" if offset is None else "%#x" % offset, name))
+            report("  %2d: %#10x - %s" % (depth, offset, name))
         if len(trap.backtrace) > MAX_BACKTRACE:
             report("  … and %d more" % (len(trap.backtrace) - MAX_BACKTRACE))
     except (Malformed, Invalid, Unlinkable) as error:
@@ -5739,7 +5700,7 @@ def start_timer(seconds):
     import _signal
 
     def expired(number, frame):
-        raise Exhaustion("timeout after %g s" % seconds)
+        raise Timeout("timeout after %g s" % seconds)
     _signal.signal(_signal.SIGALRM, expired)
     _signal.setitimer(_signal.ITIMER_REAL, seconds, 1)
 
