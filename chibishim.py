@@ -4274,16 +4274,18 @@ def execute(function, arguments):
         trap = Exhaustion("out of memory")
     except (Trap, Thrown) as caught:
         trap = caught
-    if trap.__class__ is Timeout:
-        at, handler = start_of(block), handler or start_of
-    active = unwound or [(function, at if handler else z[3])]
+    at = interrupted(block, handler, z) if trap.__class__ is Timeout else at if handler else z[3]
+    active = unwound or [(function, at)]
     active += [(caller, z[3]) for caller, z, _ in reversed(frames)]
     trap.backtrace += tuple([(function, function.body.start + at) for function, at in active])
     raise trap
 
 
-def start_of(block):
-    """Where the first instruction of a block is, of those that left a trace of it."""
+def interrupted(block, handler, z):
+    """Where a guest is that was stopped from outside: in a host function, or in a block,
+    of which the first instruction stands for all."""
+    if handler is None and z.__class__ is tuple and z is block[4]:
+        return z[3]
     body, _, _, _, z = block
     return body[0][4] if body else z[3] if z.__class__ is tuple else 0
 
