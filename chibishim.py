@@ -2213,8 +2213,10 @@ class Module:
         self.customs = []           # (name, start, end) of every custom section
         self.declared = set()       # functions that ref.func may name in bodies
         self.names = None           # of functions, when they are asked for
+        self.labels = None          # what people call functions, and the index of each type, …
+        self.type_indices = None    # … when somebody asks
         self.shell = None           # see shell_of()
-        self.translator = None      # what translates its functions instead of a Translator
+        self.translator = None      # what translates its functions in place of a Translator: instrument()
         ModuleDecoder(self).decode()
         check_module(self)
         self.shell = None
@@ -4517,7 +4519,9 @@ def value_text(module, type):
     heap, nullable = type
     if heap.__class__ is int:
         return reference_text(heap) if nullable else "(ref %s)" % HEAP_NAMES[heap]
-    return "(ref %s%d)" % ("null " if nullable else "", module.types.index(heap))
+    if module.type_indices is None:
+        module.type_indices = {type: index for index, type in reversed(list(enumerate(module.types)))}
+    return "(ref %s%d)" % ("null " if nullable else "", module.type_indices[heap])
 
 
 def function_text(module, index):
@@ -4532,17 +4536,16 @@ def comment(name):
 
 
 def function_name(module, index):
-    """The name of a function by the name section, an import or an export; None without.
-    A constant expression has the index None."""
-    if index is None:
-        return "constant expression"
-    name = module.function_names().get(index)
-    if name is None and index < module.imported_functions:
-        item = [item for item in module.imports if item.kind == "func"][index]
-        name = "%s.%s" % (item.module, item.name)
-    if name is None:
-        name = next((name for name, extern in module.exports.items() if extern == ("func", index)), None)
-    return name
+    """The name of a function by the name section, an import or its first export; None
+    without. A constant expression has the index None."""
+    names = module.labels
+    if names is None:
+        names = module.labels = {None: "constant expression"}
+        names.update([(index, name) for name, (kind, index) in reversed(module.exports.items()) if kind == "func"])
+        functions = [item for item in module.imports if item.kind == "func"]
+        names.update(enumerate("%s.%s" % (item.module, item.name) for item in functions))
+        names.update(module.function_names())
+    return names.get(index)
 
 
 # How the immediates of INSTRUCTIONS are read as text; and the names in the text format
