@@ -116,7 +116,7 @@ def digest(data):
 
 def main(arguments):
     words = [a for a in arguments if not a.startswith("--")]
-    options = {"shim": a[7:] for a in arguments if a.startswith("--shim=")}
+    options = {"shim": os.path.abspath(a[7:]) for a in arguments if a.startswith("--shim=")}
     if not os.path.isdir(PROGRAMS):
         print("*** SKIPPED: no %s (set SHARED)" % PROGRAMS)
         return 0
