@@ -4389,7 +4389,11 @@ class Disassembler(TypeReader):
 
     def heap_text(self):
         index = self.signed(33)
-        return str(index) if index >= 0 else HEAP_NAMES.get(index & 0x7F, "?")
+        if index >= 0:
+            return str(index)
+        if index < -64 or index & 0x7F not in HEAP_NAMES:
+            raise Malformed("malformed heap type")
+        return HEAP_NAMES[index & 0x7F]
 
     def value_text(self):
         type = self.byte()
@@ -4493,7 +4497,8 @@ def default_spaces(kinds, words):
 def float_text(value, bits, width, fraction):
     """A float of `width` bits, `fraction` of them behind the point (6.3.2)."""
     if value == value:
-        return repr(value)
+        short = "%.8g" % value
+        return short if width == 32 and to_f32(float(short)) == value else repr(value)
     payload = bits & (1 << fraction) - 1
     return "%snan%s" % ("-" if bits >> width - 1 else "", "" if payload == 1 << fraction - 1 else ":%#x" % payload)
 
@@ -4575,8 +4580,9 @@ def disassemble(module, wanted=None):
 
 class Stepwise(Translator):
     """Translates one instruction at a time. With `trace`, a function of a line of text,
-    each instruction is announced to it before it is executed; with `tank`, a list [number that is left, at first], each block takes the number of
-    its instructions out, and traps when they are not there."""
+    each instruction is announced to it before it is executed; with `tank`, a list [number
+    that is left, number at first], each block takes as many out as it has instructions, and
+    traps if they are not there."""
 
     __slots__ = ("trace", "tank", "cost", "charged", "lowest")
 
@@ -4638,7 +4644,7 @@ def value_of(type, value):
         return str(to_python(type, value))
     if value.__class__ is bytes:
         return "0x" + value[::-1].hex()
-    return "null" if value is None else getattr(value, "name", None) or value.__class__.__name__.lower()
+    return "null" if value is None else str(getattr(value, "name", value.__class__.__name__.lower()))
 
 
 def do_burn(R, d, a, b):

@@ -5,6 +5,7 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -202,6 +203,13 @@ def test_a_backtrace_has_names_and_the_offsets_of_objdump(chase):
         (0, loads[2], "chase"), (1, calls[0], "count"), (2, calls[1], "count"), (3, calls[1], "count"), (4, calls[2], "_start")]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: a container needs it here")
+def test_a_container_s_backtrace_has_them_too(chase):
+    done = run("container", chase)
+    assert done.returncode == 134
+    assert [int(word, 16) for word in re.findall(r"0x[0-9a-f]+(?= - chase)", done.stderr.decode())] == [offsets_of(chase, "i32.load")[2]]
+
+
 def backtrace(module, name, *arguments, imports=None):
     """[(function index, offset)] of a trap."""
     with pytest.raises(Trap) as caught:
@@ -316,6 +324,19 @@ def test_a_timeout_ends_computing_and_waiting(wat, tmp_path, name):
     done = run("run", "--timeout=0.2", "--invoke=" + name, path)
     assert done.returncode == 134 and time.monotonic() - start < 20
     assert re.match(r"error: trap: timeout after 0\.2 s\n   0: +0x[0-9a-f]+ - %s\n$" % name, done.stderr.decode())
+
+
+def test_a_timeout_ends_waiting_for_input(wat):
+    with open(os.path.join(MODULES, "cat.wat")) as file:
+        data = wat(file.read())
+    mine, theirs = os.pipe()
+    with open(mine, "rb") as stdin, open(theirs, "wb"):
+        with tempfile.NamedTemporaryFile(suffix=".wasm") as module:
+            module.write(data)
+            module.flush()
+            done = subprocess.run([sys.executable, "-IS", SHIM, "run", "--timeout=0.2", module.name], stdin=stdin, stderr=subprocess.PIPE,
+                                  timeout=60)
+    assert done.returncode == 134 and done.stderr.startswith(b"error: trap: timeout after 0.2 s\n")
 
 
 def test_a_guest_that_ends_in_time_is_left_alone(chase):
