@@ -14,6 +14,7 @@ The module reads bottom-up: a chapter uses only chapters before it.
   10  Store and instances     memories, tables, globals, linking (4.2, 4.5)
   11  Validation, translation one pass from bytes to basic blocks (3.3, A.3)
   12  Interpreter             the loop that executes blocks (4.4)
+  12b Reading and debugging   disassembly, offsets in backtraces, tracing, fuel
   13  WASI                    preview 1: what a guest can do to the world
   14  Linux                   system calls that os lacks, mounts, the event loop
   15  OCI configuration       config.json to a list of set-up operations
@@ -64,13 +65,17 @@ class Unlinkable(WasmError):
 
 class Trap(WasmError):
     """Execution stopped abnormally (section 4.1). `backtrace` lists the active
-    functions' names, innermost first."""
+    calls as (Function, offset in the module), innermost first."""
 
     backtrace = ()
 
 
 class Exhaustion(Trap):
     """A limit of this implementation was reached: the call stack, most often."""
+
+
+class Timeout(Exhaustion):
+    """The time that the embedder granted is over; raised wherever the guest is."""
 
 
 class Thrown(WasmError):
@@ -571,6 +576,7 @@ MAX_FRAMES = 20000              # depth of the guest's call stack
 MAX_FRAME_SLOTS = 8000000       # a function's frame times the depth it may be called at
 
 # What a module may contain, where the JavaScript API has a limit: the same.
+MAX_MODULE_BYTES = 1 << 30
 MAX_TYPES = 1000000
 MAX_SUPERTYPES = 63             # depth of a chain
 MAX_FIELDS = 10000
@@ -2207,7 +2213,10 @@ class Module:
         self.customs = []           # (name, start, end) of every custom section
         self.declared = set()       # functions that ref.func may name in bodies
         self.names = None           # of functions, when they are asked for
+        self.labels = None          # what people call functions, and the index of each type, …
+        self.type_indices = None    # … when somebody asks
         self.shell = None           # see shell_of()
+        self.translator = None      # what translates its functions in place of a Translator: instrument()
         ModuleDecoder(self).decode()
         check_module(self)
         self.shell = None
@@ -2824,7 +2833,7 @@ class Function:
 
     @property
     def name(self):
-        return self.instance.module.function_names().get(self.index, "func[%d]" % self.index)
+        return self.instance.module.function_names().get(self.index, "func[%s]" % self.index)
 
     def __call__(self, *arguments):
         return from_results(self.type, execute(self, to_arguments(self.type, arguments)))
@@ -3002,15 +3011,16 @@ def python_function(type, call, name):
 #
 # What is left is a graph of basic blocks. A block is a list
 #
-#     [ body, kind, x, y, z ]     body: [(handler, d, a, b), …]
+#     [ body, kind, x, y, z ]     body: [(handler, d, a, b, at), …]
 #
+# where `at` is the instruction's offset in the function's body, for backtraces, and
 # whose kind says how it ends:
 #
 #     BR         go to x                       BR_TABLE   go to x[min(R[y], z)]
 #     BR_IF      go to x if R[y] else z        RETURN     with the values R[i], i in y
-#     CALL       x = callee, y = argument slots, z = (next block, first result's slot, handlers)
+#     CALL       x = callee, y = argument slots, z = (next block, first result's slot, handlers, at)
 #     CALL_REF   x = slot of the callee, y and z as for CALL
-#     TAIL_CALL  x = slot of the callee, y = argument slots
+#     TAIL_CALL  x = slot of the callee, y = argument slots, z as for CALL
 #     THROW      x = tag, y = slots of its values, z as for CALL; x = None: rethrow R[y[0]]
 #
 # The handlers of a place are None or (clauses, handlers further out), a clause is
@@ -3053,7 +3063,7 @@ class Translator:
     Raises Malformed or Invalid."""
 
     __slots__ = ("function", "instance", "module", "reader", "locals", "zeros", "types", "slots", "controls", "block", "base",
-                 "deepest", "constants", "unset", "was_set", "handlers", "aliases", "alias_steps", "operand_steps")
+                 "deepest", "constants", "unset", "was_set", "handlers", "aliases", "alias_steps", "operand_steps", "at")
 
     def __init__(self, function):
         self.function = function
@@ -3074,6 +3084,7 @@ class Translator:
         self.deepest = 0
         self.constants = {}         # key -> (slot, value)
         self.handlers = None
+        self.at = 0                 # where the current instruction is
         self.aliases = True         # whether an operand may be a local's or a constant's slot
         self.alias_steps = ALIAS_STEPS_PER_BYTE * reader.end + 10000
         self.operand_steps = OPERAND_STEPS_PER_BYTE * reader.end + 100000
@@ -3101,6 +3112,8 @@ class Translator:
         results = list(function.type.results)
         self.controls = [Control(0x02, [], results, 0)]
         self.instructions()
+        if self.controls:
+            raise Malformed("unexpected end of section or function")
         if self.reader.position != self.reader.end:
             raise Malformed("END opcode expected")
         constants = [value for _, value in self.constants.values()]
@@ -3109,20 +3122,21 @@ class Translator:
         function.entry = entry
 
     def instructions(self):
-        """expr ::= instr* 0x0B: the loop over the body. The regular shapes are here, all
-        else has a method named after the instruction."""
+        """expr ::= instr* 0x0B: the loop over the body, or over as much of it as the reader's
+        window shows. The regular shapes are here, all else has a method named after the
+        instruction."""
         reader = self.reader
         data, end = reader.data, reader.end
         types, slots, locals, base, controls = self.types, self.slots, self.locals, self.base, self.controls
         memories, accesses = self.module.memories, self.instance.handlers
         is_plain_memory = bool(memories) and memories[0].address == I32
-        local_get = -1 if self.unset else 0x20
+        local_get = 0x20 if self.aliases and not self.unset else -1
         while controls:
-            position = reader.position
-            if position >= end:
-                raise Malformed("unexpected end of section or function")
-            opcode = data[position]
-            reader.position = position + 1
+            at = reader.position
+            if at >= end:
+                return
+            opcode = data[at]
+            reader.position = at + 1
             if opcode == local_get:
                 index = reader.unsigned()
                 if index >= base:
@@ -3140,6 +3154,7 @@ class Translator:
                 method = op.method
                 if method is None:
                     method = op.method = getattr(Translator, method_name(op))
+                self.at = at
                 method(self, op)
                 if not self.aliases:
                     local_get = -1
@@ -3166,15 +3181,15 @@ class Translator:
                 a = self.pop(params[0]) if count == 2 else b
             d = base + len(slots)
             if shape == STORE:
-                self.block[0].append((access, -offset, a, b))
+                self.block[0].append((access, -offset, a, b, at))
                 continue
             if shape == LOAD:
-                self.block[0].append((access, d, a, offset))
+                self.block[0].append((access, d, a, offset, at))
             else:
                 handler = op.handler
                 if handler is None:
                     handler = op.handler = numeric_handler(op)
-                self.block[0].append((handler, d, a, b))
+                self.block[0].append((handler, d, a, b, at))
             types.append(op.results[0])
             slots.append(d)
             if len(slots) > self.deepest:
@@ -3249,7 +3264,7 @@ class Translator:
             self.emit(do_move, self.push(type), slot, 0)
 
     def emit(self, handler, d, a, b):
-        self.block[0].append((handler, d, a, b))
+        self.block[0].append((handler, d, a, b, self.at))
 
     def settle(self):
         """Moves the operands of this construct into the slots of their own heights; the
@@ -3361,11 +3376,11 @@ class Translator:
 
     def throw_(self, op):
         type, tag = self.tag()
-        self.finish(THROW, tag, tuple(self.pop_all(type.params)), (None, 0, self.handlers))
+        self.finish(THROW, tag, tuple(self.pop_all(type.params)), (None, 0, self.handlers, self.at))
         self.unreachable()
 
     def throw_ref_(self, op):
-        self.finish(THROW, None, (self.pop(EXNREF),), (None, 0, self.handlers))
+        self.finish(THROW, None, (self.pop(EXNREF),), (None, 0, self.handlers, self.at))
         self.unreachable()
 
     def loop_(self, op):
@@ -3444,7 +3459,7 @@ class Translator:
         """The block to go to for a branch that carries the operands in `slots`: the
         label's own, or one that first moves them where the label expects them."""
         wanted = range(self.base + control.height, self.base + control.height + len(slots))
-        moves = [(do_move, d, a, 0) for d, a in zip(wanted, slots) if d != a]
+        moves = [(do_move, d, a, 0, self.at) for d, a in zip(wanted, slots) if d != a]
         needed = control.height + len(slots)
         if needed > self.deepest:
             self.deepest = needed
@@ -3575,7 +3590,7 @@ class Translator:
         """Ends the block with a call; the results go to the slots of their heights."""
         arguments = tuple(self.pop_all(type.params))
         following = new_block()
-        self.finish(kind, x, arguments, (following, self.base + len(self.slots), self.handlers))
+        self.finish(kind, x, arguments, (following, self.base + len(self.slots), self.handlers, self.at))
         self.block = following
         self.push_all(type.results)
 
@@ -3583,7 +3598,7 @@ class Translator:
         """Ends the block with a call in place of this function's frame."""
         if not types_match(type.results, self.controls[0].results):
             raise Invalid("type mismatch")
-        self.finish(TAIL_CALL, slot, tuple(self.pop_all(type.params)))
+        self.finish(TAIL_CALL, slot, tuple(self.pop_all(type.params)), (None, 0, None, self.at))
         self.unreachable()
 
     # -- parametric and variable instructions --
@@ -3647,8 +3662,8 @@ class Translator:
                         saved = True
         body = self.block[0]
         if slot >= self.base and not saved and body and body[-1][1] == slot:
-            handler, _, a, b = body[-1]
-            body[-1] = handler, index, a, b
+            handler, _, a, b, at = body[-1]
+            body[-1] = handler, index, a, b, at
         elif slot != index:
             self.emit(do_move, index, slot, 0)
 
@@ -4183,12 +4198,15 @@ def validate(data):
 # The loop that executes blocks. Calls within WebAssembly keep their frames in a
 # list here and not on Python's stack, so a deep recursion of the guest is a trap at
 # MAX_FRAMES and nothing else; only a host function that calls back nests.
+#
+# A trap's backtrace has a pair (Function, offset in the module) for each active call,
+# innermost first. While `handler` is None, the end of the block is being executed.
 
 
 def execute(function, arguments):
     """Calls a Function with values in the interpreter's form; returns a list of its
     results. Raises Trap, or Thrown for an exception that no handler takes."""
-    frames = []
+    frames, unwound, handler, z = [], (), None, (None, 0, None, 0)
     try:
         block = function.entry or translated(function)
         R = arguments + function.template
@@ -4196,7 +4214,7 @@ def execute(function, arguments):
             try:
                 while True:
                     body, kind, x, y, z = block
-                    for handler, d, a, b in body:
+                    for handler, d, a, b, at in body:
                         handler(R, d, a, b)
                     if kind == BR_IF:
                         block = x if R[y] else z
@@ -4205,7 +4223,7 @@ def execute(function, arguments):
                     elif kind == RETURN:
                         if not frames:
                             return [R[slot] for slot in y]
-                        function, (block, d, _), frame = frames.pop()
+                        function, (block, d, _, _), frame = frames.pop()
                         if len(y) == 1:
                             frame[d] = R[y[0]]
                         elif y:
@@ -4214,8 +4232,10 @@ def execute(function, arguments):
                     elif kind == BR_TABLE:
                         block = x[min(R[y], z)]
                     elif kind == THROW:
+                        handler = None
                         throw(x, [R[slot] for slot in y])
                     else:
+                        handler = None
                         callee = x if kind == CALL else R[x]
                         if callee is None:
                             raise Trap("null function reference")
@@ -4226,24 +4246,28 @@ def execute(function, arguments):
                                 R = list(results)
                                 block = [], RETURN, None, range(len(R)), None
                             else:
-                                block, d, _ = z
+                                block, d, _, _ = z
                                 R[d:d + len(results)] = results
                             continue
-                        if kind != TAIL_CALL:
-                            frames.append((function, z, R))
-                        function = callee
                         block = callee.entry or translated(callee)
                         if len(frames) >= callee.limit:
                             raise Exhaustion("call stack exhausted")
-                        R = values + callee.template
+                        if kind != TAIL_CALL:
+                            frames.append((function, z, R))
+                        function, R = callee, values + callee.template
             except Thrown as thrown:
+                unwound = [(function, z[3])]
                 block = landing(z and z[2], thrown, R)
                 while block is None:
                     if not frames:
                         raise
-                    function, (_, _, handlers), R = frames.pop()
-                    block = landing(handlers, thrown, R)
+                    function, z, R = frames.pop()
+                    unwound.append((function, z[3]))
+                    block = landing(z[2], thrown, R)
+                unwound = ()
     except struct.error:
+        if handler is None or handler not in function.instance.handlers.values():
+            raise                       # not of a memory access: a host function's own
         trap = out_of_bounds("memory")
     except RecursionError:
         trap = Exhaustion("call stack exhausted")
@@ -4252,8 +4276,20 @@ def execute(function, arguments):
         trap = Exhaustion("out of memory")
     except (Trap, Thrown) as caught:
         trap = caught
-    trap.backtrace += tuple([function] + [frame[0] for frame in reversed(frames)])
+    at = interrupted(block, handler, z) if trap.__class__ is Timeout else at if handler else z[3]
+    active = unwound or [(function, at)]
+    active += [(caller, z[3]) for caller, z, _ in reversed(frames)]
+    trap.backtrace += tuple([(function, function.body.start + at) for function, at in active])
     raise trap
+
+
+def interrupted(block, handler, z):
+    """Where a guest is that was stopped from outside: in a host function, or in a block,
+    of which the first instruction stands for all."""
+    if handler is None and z.__class__ is tuple and z is block[4]:
+        return z[3]
+    body, _, _, _, z = block
+    return body[0][4] if body else z[3] if z.__class__ is tuple else 0
 
 
 def throw(tag, values):
@@ -4288,8 +4324,347 @@ def execute_any(function, arguments):
 
 def translated(function):
     """The first block of a function that is called for the first time."""
-    Translator(function).run()
+    (function.instance.module.translator or Translator)(function).run()
     return function.entry
+
+
+# === 12b. Reading and debugging ===============================================
+#
+# Bodies as text, and what goes on while they run. The disassembler reads the rows of
+# INSTRUCTIONS and writes the text format (chapter 6 of the specification): what it
+# prints can be pasted into a module for an assembler. Offsets are the module's bytes,
+# as in the backtraces of wasmtime and the listings of objdump, and stand in comments.
+#
+# Nobody pays for this who does not use it. To trace functions or to count what they
+# execute, they are translated by a Stepwise in place of a Translator, which inserts steps
+# of its own among the instructions'.
+
+
+class Disassembler(TypeReader):
+    """A cursor over a Body that reads it as text."""
+
+    __slots__ = ("module", "op", "nulls")
+
+    def __init__(self, module, body):
+        super().__init__(module.data, body.start, body.end)
+        self.module = module
+
+    def instruction(self):
+        """Reads an instruction; returns (Op, text). Raises Malformed."""
+        opcode = self.byte()
+        if opcode in PREFIX_BYTES:
+            opcode = prefixed(opcode, self.unsigned())
+        self.op = op = operation(opcode)
+        self.nulls = "null" in op.name          # bit by bit, whether the next heap type has a null
+        words = [IMMEDIATE_TEXTS[kind](self) for kind in op.immediates]
+        if op.immediates[-1:] == ["memory"] or op.immediates[-1:] == ["table"] and len(words) == 2:
+            words = default_spaces(op.immediates, words)
+        return op, " ".join(filter(None, [TEXT_NAMES.get(op.name, op.name)] + words))
+
+    def function(self, index):
+        """func ::= locals expr: yields the lines of function `index`."""
+        module = self.module
+        type = module.function_type(index)
+        name = function_name(module, index)
+        yield "(func (;%d;)%s (type %d)%s" % (index, " (;%s;)" % comment(name) if name else "", module.functions[index],
+                                              signature(module, type))
+        depth, total = 1, 0
+        for _ in range(self.unsigned()):
+            count = self.unsigned()
+            total += count
+            if total > MAX_LOCALS:
+                raise Malformed("too many locals: %d, at most %d" % (total, MAX_LOCALS))
+            yield "  (local%s)" % ((" " + self.value_text()) * count)
+        while self.position < self.end:
+            start = self.position
+            op, text = self.instruction()
+            depth -= op.name in ("else", "end")
+            if depth == 0:
+                break
+            yield "  (;%#08x;)%s%s" % (start, "  " * depth, text)
+            depth += "blocktype" in op.immediates or op.name == "else"
+        yield ")"
+
+    # -- types: indices stay indices --
+
+    def heap_text(self):
+        index = self.signed(33)
+        if index >= 0:
+            return str(index)
+        if index < -64 or index & 0x7F not in HEAP_NAMES:
+            raise Malformed("malformed heap type")
+        return HEAP_NAMES[index & 0x7F]
+
+    def value_text(self):
+        type = self.byte()
+        if type in (0x63, 0x64):
+            return "(ref %s%s)" % ("null " if type == 0x63 else "", self.heap_text())
+        if type not in TYPE_NAMES and type not in HEAP_NAMES or type == UNKNOWN:
+            raise Malformed("malformed value type")
+        return TYPE_NAMES.get(type) or reference_text(type)
+
+    # -- immediates, by the names that INSTRUCTIONS has for them --
+
+    def index_text(self):
+        return str(self.unsigned())
+
+    def func_text(self):
+        return function_text(self.module, self.unsigned())
+
+    def typeuse_text(self):
+        index = self.unsigned()
+        return "(type %d)" % index if self.op.name.endswith("call_indirect") else str(index)
+
+    def blocktype_text(self):
+        byte = self.byte()
+        if byte == 0x40:
+            return ""
+        self.position -= 1
+        if 0x40 < byte < 0x80:
+            return "(result %s)" % self.value_text()
+        index = self.unsigned(33)
+        check_index("type", index, self.module.types)
+        return "(type %d)%s" % (index, signature(self.module, self.module.types[index]))
+
+    def labels_text(self):
+        return " ".join(self.vector(self.index_text) + [self.index_text()])
+
+    def catches_text(self):
+        return " ".join(self.vector(self.catch_text))
+
+    def catch_text(self):
+        kind = self.byte() & 3
+        return "(%s%s %d)" % (("catch ", "catch_ref ", "catch_all", "catch_all_ref")[kind],
+                              self.unsigned() if kind < 2 else "", self.unsigned())
+
+    def types_text(self):
+        return "(result %s)" % " ".join(self.vector(self.value_text))
+
+    def heaptype_text(self):
+        heap, nullable = self.heap_text(), self.nulls & 1
+        self.nulls >>= 1
+        return heap if self.op.name == "ref.null" else "(ref %s%s)" % ("null " if nullable else "", heap)
+
+    def castflags_text(self):
+        self.nulls = self.byte()
+        return ""
+
+    def memarg_text(self):
+        align, words = self.unsigned(), []
+        if align & 0x40:
+            align, words = align & 0x3F, [self.index_text()]
+        offset = self.unsigned(64)
+        words += ["offset=%d" % offset] if offset else []
+        words += ["align=%d" % (1 << (align & 0x3F))] if 1 << (align & 0x3F) != self.op.width else []
+        return " ".join(words)
+
+    def lane_text(self):
+        return str(self.byte())
+
+    def lanes_text(self):
+        return " ".join(map(str, self.take(16)))
+
+    def reserved_text(self):
+        self.byte()
+        return ""
+
+    def i32_text(self):
+        return str(self.signed(32))
+
+    def i64_text(self):
+        return str(self.signed(64))
+
+    def f32_text(self):
+        bits = unpack_u32(self.take(4))[0]
+        return float_text(f32_from_bits(bits), bits, 32, 23)
+
+    def f64_text(self):
+        data = self.take(8)
+        return float_text(unpack_f64(data)[0], int.from_bytes(data, "little"), 64, 52)
+
+    def v128_text(self):
+        return "i32x4 " + " ".join("%#010x" % lane for lane in struct.unpack("<4I", self.take(16)))
+
+
+def default_spaces(kinds, words):
+    """The indices of memories and tables come first in the text, and are left out where
+    all are 0."""
+    spaces = [word for kind, word in zip(kinds, words) if kind in ("memory", "table")]
+    others = [word for kind, word in zip(kinds, words) if kind not in ("memory", "table")]
+    return (spaces if any(word != "0" for word in spaces) else []) + others
+
+
+def float_text(value, bits, width, fraction):
+    """A float of `width` bits, `fraction` of them behind the point (6.3.2)."""
+    if value == value:
+        short = "%.8g" % value
+        return short if width == 32 and to_f32(float(short)) == value else repr(value)
+    payload = bits & (1 << fraction) - 1
+    return "%snan%s" % ("-" if bits >> width - 1 else "", "" if payload == 1 << fraction - 1 else ":%#x" % payload)
+
+
+def reference_text(heap):
+    """The abbreviation of a nullable abstract reference type."""
+    name = HEAP_NAMES[heap]
+    return {"none": "null", "nofunc": "nullfunc", "noextern": "nullextern", "noexn": "nullexn"}.get(name, name) + "ref"
+
+
+def signature(module, type):
+    """' (param i32 i32) (result i64)'"""
+    def texts(types):
+        return "".join(" " + value_text(module, t) for t in types)
+    return (" (param%s)" % texts(type.params) if type.params else "") + (
+        " (result%s)" % texts(type.results) if type.results else "")
+
+
+def value_text(module, type):
+    """A value type in the text format, defined types by index."""
+    if type.__class__ is int:
+        return TYPE_NAMES[type]
+    heap, nullable = type
+    if heap.__class__ is int:
+        return reference_text(heap) if nullable else "(ref %s)" % HEAP_NAMES[heap]
+    if module.type_indices is None:
+        module.type_indices = {type: index for index, type in reversed(list(enumerate(module.types)))}
+    return "(ref %s%d)" % ("null " if nullable else "", module.type_indices[heap])
+
+
+def function_text(module, index):
+    """'12 (;main;)': a function's index, and its name where it has one."""
+    name = function_name(module, index)
+    return "%s (;%s;)" % (index, comment(name)) if name else str(index)
+
+
+def comment(name):
+    """A name that does not end the comment in which it stands."""
+    return name.replace(";", ",")
+
+
+def function_name(module, index):
+    """The name of a function by the name section, an import or its first export; None
+    without. A constant expression has the index None."""
+    names = module.labels
+    if names is None:
+        names = module.labels = {None: "constant expression"}
+        names.update([(index, name) for name, (kind, index) in reversed(module.exports.items()) if kind == "func"])
+        functions = [item for item in module.imports if item.kind == "func"]
+        names.update(enumerate("%s.%s" % (item.module, item.name) for item in functions))
+        names.update(module.function_names())
+    return names.get(index)
+
+
+# How the immediates of INSTRUCTIONS are read as text; and the names in the text format
+# that have a suffix in INSTRUCTIONS, where names are unique.
+IMMEDIATE_TEXTS = dict.fromkeys(("label", "local", "global", "tag", "field", "data", "elem", "count", "table", "memory"),
+                                Disassembler.index_text)
+for _name in ("func", "blocktype", "labels", "catches", "types", "heaptype", "memarg", "lane", "lanes", "castflags", "reserved",
+              "i32", "i64", "f32", "f64", "v128"):
+    IMMEDIATE_TEXTS[_name] = getattr(Disassembler, _name + "_text")
+IMMEDIATE_TEXTS["type"] = Disassembler.typeuse_text
+TEXT_NAMES = {"select_t": "select", "ref.test null": "ref.test", "ref.cast null": "ref.cast"}
+
+
+def disassemble(module, wanted=None):
+    """Yields the lines of the functions that have the index, the name or the export name
+    `wanted`, of all without one. Raises Malformed, KeyError where there is none."""
+    exports = {name: index for name, (kind, index) in module.exports.items() if kind == "func"}
+    names = module.function_names()
+    found = False
+    for index, body in enumerate(module.bodies, module.imported_functions):
+        if wanted in (None, str(index), names.get(index)) or exports.get(wanted) == index:
+            found = True
+            yield from Disassembler(module, body).function(index)
+    if not found and wanted is not None:
+        raise KeyError(wanted)
+
+
+class Stepwise(Translator):
+    """Translates one instruction at a time. With `trace`, a function of a line of text,
+    each instruction is announced to it before it is executed; with `tank`, a list [number
+    that is left, number at first], each block takes as many out as it has instructions, and
+    traps if they are not there."""
+
+    __slots__ = ("trace", "tank", "cost", "charged", "lowest")
+
+    def __init__(self, function, trace, tank):
+        super().__init__(function)
+        self.trace, self.tank = trace, tank
+        self.cost = self.charged = None     # how many instructions the block `charged` has
+        self.lowest = 0                     # how low the operand stack was within an instruction
+        self.aliases = not trace            # else an operand lies where its height says
+
+    def instructions(self):
+        reader, function, whole = self.reader, self.function, self.reader.end
+        code = Disassembler(self.module, function.body)
+        code.position += reader.position
+        if self.trace:
+            self.announce("func " + function_text(self.module, function.index),
+                          [(type, slot) for slot, type in enumerate(function.type.params)])
+        while self.controls and code.position < code.end:
+            start = code.position
+            op, text = code.instruction()
+            reader.end = code.position - function.body.start
+            self.instruction(op, "%#08x  %s" % (start, text))
+        reader.end = whole
+
+    def instruction(self, op, line):
+        """Translates the next instruction, which is all that the reader's window shows."""
+        self.at = self.reader.position
+        if self.tank and self.charged is not self.block:
+            self.charged, self.cost = self.block, [0]
+            self.emit(do_burn, None, self.tank, self.cost)
+        if self.tank:
+            self.cost[0] += 1
+        if self.trace:
+            operands, types, slots = [], list(self.types), list(self.slots)
+            self.announce(line, operands)
+            self.lowest = len(slots) - (len(op.params) if op.shape != IRREGULAR else 0)
+        super().instructions()
+        if self.trace:
+            operands += zip(types[self.lowest:], slots[self.lowest:])
+
+    def announce(self, line, operands):
+        """Emits the step that traces a line with the values of `operands`, (type, slot)."""
+        self.emit(do_trace, None, (self.trace, line), operands)
+
+    def pop(self, expected=UNKNOWN):
+        slot = super().pop(expected)
+        self.lowest = min(self.lowest, len(self.types))
+        return slot
+
+
+def do_trace(R, d, a, b):
+    trace, line = a
+    trace(line + "".join("  " + value_of(type, R[slot]) for type, slot in b))
+
+
+def value_of(type, value):
+    """A value of the interpreter, for people."""
+    if type in (I32, I64, F32, F64):
+        return str(to_python(type, value))
+    if value.__class__ is bytes:
+        return "0x" + value[::-1].hex()
+    return "null" if value is None else str(getattr(value, "name", value.__class__.__name__.lower()))
+
+
+def do_burn(R, d, a, b):
+    a[0] -= b[0]
+    if a[0] < 0:
+        raise Exhaustion("out of fuel after %d instructions" % a[1])
+
+
+def instrument(trace=None, tank=None):
+    """What to set as a module's `translator` to trace it or to bound it; see Stepwise."""
+    return lambda function: Stepwise(function, trace, tank)
+
+
+def backtrace_of(trap):
+    """[(name, offset in the module)] of a trap's innermost active calls."""
+    return [(function_name(function.instance.module, function.index) or "func[%d]" % function.index, offset)
+            for function, offset in trap.backtrace[:MAX_BACKTRACE]]
+
+
+MAX_BACKTRACE = 32
 
 
 # === 13. WASI =================================================================
@@ -5292,30 +5667,59 @@ def shutdown_how(how):
 EXIT_TRAP = 134                         # 128 + SIGABRT, as an aborted program
 
 
-def run_command(data, arguments, environment, preopens, function="_start", preloads=(), listeners=()):
+def run_command(data, arguments, environment, preopens, function="_start", preloads=(), listeners=(),
+                trace=False, fuel=None, timeout=None):
     """Runs a WASI command module, bytes or a Module, and returns its exit status:
     proc_exit's, 0 at the function's return, EXIT_TRAP for a trap or a bad module. What went
     wrong is on stderr. Another function than _start takes the arguments as its parameters
-    and its results are printed. `preloads` is a list of (module name, bytes)."""
+    and its results are printed. `preloads` is a list of (module name, bytes). `trace`
+    writes every instruction to stderr; after `fuel` instructions or `timeout` seconds the
+    guest traps."""
     default_signals()
+    translator = instrument(report if trace else None, fuel and [fuel, fuel]) if trace or fuel else None
     wasi = Wasi(arguments, environment, preopens, listeners)
     imports = {"wasi_snapshot_preview1": wasi.imports()}
     try:
+        if timeout:
+            start_timer(timeout)
         module = data if data.__class__ is Module else Module(data)
+        module.translator = translator
         if any(item.module == "wasi_unstable" for item in module.imports):
             imports["wasi_unstable"] = WasiUnstable(wasi).imports()
         for name, preload in preloads:
-            imports[name] = Instance(Module(preload), imports).exports
+            preload = Module(preload)
+            preload.translator = translator
+            imports[name] = Instance(preload, imports).exports
         return run_export(wasi, module, imports, function, arguments[1:])
     except Exit as exit:
         return exit_status(exit.args[0])
     except (Trap, Thrown) as trap:
+        stop_timer(timeout)
         report("error: trap: %s" % trap)
-        for depth, place in enumerate(trap.backtrace[:32]):
-            report("  %2d: %s" % (depth, place.name))
+        for depth, (name, offset) in enumerate(backtrace_of(trap)):
+            report("  %2d: %#10x - %s" % (depth, offset, name))
+        if len(trap.backtrace) > MAX_BACKTRACE:
+            report("  … and %d more" % (len(trap.backtrace) - MAX_BACKTRACE))
     except (Malformed, Invalid, Unlinkable) as error:
         report("error: %s: %s" % (error.__class__.__name__.lower(), error))
     return EXIT_TRAP
+
+
+def start_timer(seconds):
+    """A trap wherever the guest then is. Python drops exceptions in some places, so there
+    is another one each second until it was heard."""
+    import _signal
+
+    def expired(number, frame):
+        raise Timeout("timeout after %g s" % seconds)
+    _signal.signal(_signal.SIGALRM, expired)
+    _signal.setitimer(_signal.ITIMER_REAL, seconds, 1)
+
+
+def stop_timer(timeout):
+    if timeout:
+        import _signal
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
 
 
 def run_export(wasi, module, imports, function, words):
@@ -5365,11 +5769,15 @@ def default_signals():
 
 def report(text):
     """One line on stderr, bounded and without control characters."""
-    line = "".join(c if c.isprintable() else "?" for c in text[:1000])
     try:
-        os.write(2, (line + "\n").encode("utf-8", "replace"))
+        os.write(2, (printable(text[:1000]) + "\n").encode("utf-8", "replace"))
     except OSError:
         pass                            # nobody listens
+
+
+def printable(text):
+    """A text without control characters, which a terminal would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 # === 14. Linux ================================================================
@@ -8761,19 +9169,37 @@ def write_image(output, name, module, reference, os_name, architecture):
 
 
 def command_inspect(words):
-    """chibishim inspect: what a module needs and offers."""
-    if len(words) != 1:
-        raise UsageError("inspect needs a MODULE; see --help")
-    module = Module(map_file(words[0]))
-    print("%s: %d bytes, %d functions, %d imported" % (
-        words[0], len(module.data), len(module.functions), module.imported_functions))
-    for item in module.imports:
-        print("import  %-8s %s.%s" % (item.kind, item.module, item.name))
-    for name, (kind, index) in module.exports.items():
-        print("export  %-8s %s%s" % (kind, name, " " + str(module.types[module.functions[index]]) if kind == "func" else ""))
-    for name, start, end in module.customs:
-        print("custom  %-8d %s" % (end - start, name))
+    """chibishim inspect: what a module needs and offers, or its functions' text."""
+    default_signals()
+    at = next((at for at, word in enumerate(words) if word.partition("=")[0] == "--disassemble"), None)
+    function, rest = None, words
+    if at is not None:
+        function, rest = words[at].partition("=")[2] or None, words[at + 1:] + words[:at]
+        if function is None and len(rest) == 2:
+            function, *rest = rest
+    if len(rest) != 1 or rest[0].startswith("-"):
+        raise UsageError("write it as: inspect [--disassemble [FUNC]] MODULE")
+    path = rest[0]
+    try:
+        module = Module(read_module(path))
+        for line in describe(module, path) if at is None else disassemble(module, function):
+            sys.stdout.buffer.write((printable(line) + "\n").encode("utf-8", "replace"))
+    except WasmError as error:
+        raise UsageError("%s: %s: %s" % (path, error.__class__.__name__.lower(), error)) from None
+    except KeyError:
+        raise UsageError("%s: no function %s of its own; name one by index, name or export" % (path, function)) from None
     return 0
+
+
+def describe(module, path):
+    """Yields lines on imports, exports and custom sections."""
+    yield "%s: %d bytes, %d functions, %d imported" % (path, len(module.data), len(module.functions), module.imported_functions)
+    for item in module.imports:
+        yield "import  %-8s %s.%s" % (item.kind, item.module, item.name)
+    for name, (kind, index) in module.exports.items():
+        yield "export  %-8s %s%s" % (kind, name, " " + str(module.types[module.functions[index]]) if kind == "func" else "")
+    for name, start, end in module.customs:
+        yield "custom  %-8d %s" % (end - start, name)
 
 
 # === 21. Command line =========================================================
@@ -8793,6 +9219,9 @@ run [OPTION…] MODULE [ARGUMENT…]         run a module as an ordinary process
   --tcplisten ADDRESS:PORT   give the guest a listening socket, after the directories
   --preload NAME=FILE        satisfy imports from NAME by the module in FILE
   --invoke NAME              call this export with the arguments, and print its results
+  --trace                    write each instruction and its operands to stderr, as it is executed
+  --fuel N                   trap after N instructions (of a basic block, all at its start)
+  --timeout SECONDS          trap after this time
 
 container [OPTION…] MODULE [ARGUMENT…]   run it in a container, as root or without
   --dir HOST[::GUEST]        mount a directory (at GUEST, an absolute path)
@@ -8801,7 +9230,9 @@ container [OPTION…] MODULE [ARGUMENT…]   run it in a container, as root or w
 image MODULE -o FILE [-t REF] [--platform OS/ARCH]
                              write an OCI image archive for ctr image import
 
-inspect MODULE               print imports, exports and custom sections
+inspect [--disassemble [FUNC]] MODULE
+                             print imports, exports and custom sections, or the text of
+                             all functions or of one, by its index, name or export
 
 containerd calls it with -namespace … -id … start, or delete; -info and -v tell what it is.
 """
@@ -8811,19 +9242,23 @@ class UsageError(Exception):
     """The command line is wrong; the text says how to mend it."""
 
 
-def parse_options(words, known):
+def parse_options(words, known, flags=()):
     """Splits a command line into ({option: [values]}, rest); options end at the first
-    word that is none."""
-    options = {name: [] for name in known}
+    word that is none. `flags` take no value."""
+    options = {name: [] for name in (*known, *flags)}
     position = 0
     while position < len(words) and words[position].startswith("-") and words[position] != "-":
         name, equals, value = words[position].lstrip("-").partition("=")
         position += 1
         if not name:
             break
-        if name not in known:
+        if name not in options:
             raise UsageError("unknown option --%s; see --help" % name)
-        if not equals:
+        if name in flags:
+            if equals:
+                raise UsageError("--%s takes no value" % name)
+            value = True
+        elif not equals:
             if position == len(words):
                 raise UsageError("--%s takes a value" % name)
             value = words[position]
@@ -8838,7 +9273,40 @@ def map_file(path):
         try:
             return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
         except (ValueError, OSError):
-            return file.read()          # empty, or not mappable
+            return file.read(MAX_MODULE_BYTES)      # empty, or not mappable
+
+
+COMPONENT_MAGIC = b"\0asm\x0d\0\1\0"
+
+# What people have in place of a module, by its first bytes, and what helps.
+NO_MODULES = (
+    (b"", "is empty; build it again"),
+    (COMPONENT_MAGIC, "is a component, and only core modules run here; build it for wasm32-wasip1"),
+    (b"\x7fELF", "is a native program (ELF), no WebAssembly; build it for wasm32-wasip1"),
+    (b"#!", "is a script, no WebAssembly; run its interpreter's module with it as an argument"),
+    (b"!<arch>", "is a static library; link it to a module first"),
+    (b"BC\xC0\xDE", "is LLVM bitcode; link it to a module first"),
+    (b"\x1f\x8b", "is compressed; gunzip it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed; unzstd it first"),
+    (b"PK\3\4", "is a zip archive; unpack it first"),
+    (b"(", "is WebAssembly text; assemble it first: wat2wasm FILE.wat -o FILE.wasm"),
+    (b";;", "is WebAssembly text; assemble it first: wat2wasm FILE.wat -o FILE.wasm"),
+)
+NO_FILES = {0o040000: "is a directory; name the module in it", 0o020000: "is a device, no module", 0o060000: "is a device, no module"}
+
+
+def read_module(path):
+    """The bytes of a module's file; an OSError says what it is instead."""
+    kind = os.stat(path).st_mode & 0o170000
+    if kind in NO_FILES:
+        raise OSError(errno.EINVAL, NO_FILES[kind], path)
+    data = map_file(path)
+    if data[:4] == WASM_MAGIC and data[:8] != COMPONENT_MAGIC:
+        return data
+    start = data[:4096].lstrip()
+    text = next((text for magic, text in NO_MODULES if start.startswith(magic) and (magic or not data[:1])),
+                "is no WebAssembly module: it does not start with \\0asm")
+    raise OSError(errno.ENOEXEC, text, path)
 
 
 def split_pair(option, text, separator):
@@ -8889,7 +9357,7 @@ def plug_closed_streams():
 def command_run(words):
     """chibishim run: a module without a container."""
     plug_closed_streams()
-    options, rest = parse_options(words, ("dir", "env", "argv0", "tcplisten", "preload", "invoke"))
+    options, rest = parse_options(words, ("dir", "env", "argv0", "tcplisten", "preload", "invoke", "fuel", "timeout"), ("trace",))
     if not rest:
         raise UsageError("run needs a MODULE; see --help")
     path = rest[0]
@@ -8897,10 +9365,23 @@ def command_run(words):
     preopens = [split_directory(text) for text in options["dir"]]
     for pair in options["env"]:
         split_pair("env", pair, "=")
-    preloads = [(name, map_file(file)) for name, file in (split_pair("preload", p, "=") for p in options["preload"])]
+    preloads = [(name, read_module(file)) for name, file in (split_pair("preload", p, "=") for p in options["preload"])]
     function = options["invoke"][-1] if options["invoke"] else "_start"
     listeners = [tcp_listener(text) for text in options["tcplisten"]]
-    return run_command(map_file(path), [argv0] + rest[1:], options["env"], preopens, function, preloads, listeners)
+    bounds = [parse_bound(options, name, number) for name, number in (("fuel", int), ("timeout", float))]
+    return run_command(read_module(path), [argv0] + rest[1:], options["env"], preopens, function, preloads, listeners,
+                       bool(options["trace"]), *bounds)
+
+
+def parse_bound(options, name, number):
+    """The value of --fuel or --timeout, positive and finite; None without."""
+    try:
+        bound = number(options[name][-1]) if options[name] else None
+    except ValueError:
+        bound = 0
+    if bound is not None and not 0 < bound < 1e18:
+        raise UsageError("--%s %s: write a number above 0" % (name, options[name][-1]))
+    return bound
 
 
 COMMANDS = {"run": command_run, "container": command_container, "image": command_image, "inspect": command_inspect}

@@ -17,7 +17,7 @@ import traceback
 import run_spec
 
 import chibishim
-from chibishim import Instance, Invalid, Malformed, Module, Thrown, Trap, Unlinkable, execute_any
+from chibishim import Instance, Invalid, Malformed, Module, Thrown, Trap, Unlinkable, disassemble, execute_any, instrument
 
 DOCUMENTED = (Malformed, Invalid, Unlinkable, Trap, Thrown)
 VALIDATION_SECONDS = 5          # a hundred times what the largest seed takes
@@ -157,9 +157,17 @@ def stand_in(module, item):
 
 
 def exercise(data):
-    """Decodes, validates, instantiates and calls every exported function with zeros."""
+    """Decodes, reads, validates, instantiates and calls every exported function with zeros;
+    half of the modules are traced and bounded."""
     module = Module(data)
+    try:
+        for _ in disassemble(module):
+            pass
+    except (Malformed, Invalid):
+        pass
     module.validate()
+    if len(data) % 2:
+        module.translator = instrument(len, [1 << 40, 1 << 40])
     imports = {}
     for item in module.imports:
         imports.setdefault(item.module, {})[item.name] = stand_in(module, item)

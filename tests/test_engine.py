@@ -337,7 +337,7 @@ def test_an_exception_reaches_its_handler_or_the_embedder():
     with pytest.raises(chibishim.Thrown, match="uncaught exception") as caught:
         exports["throw"](41)
     assert caught.value.values == (41,)
-    assert caught.value.backtrace[0] is exports["throw"]
+    assert caught.value.backtrace[0][0] is exports["throw"]
 
 
 def test_a_structure_is_an_opaque_object_for_the_embedder():

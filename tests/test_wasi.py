@@ -1136,7 +1136,7 @@ def test_a_listening_socket_by_the_command_line(wat, tmp_path):
 SOME_CASES = ["rust/interesting_paths", "rust/path_link", "rust/fd_readdir", "rust/poll_oneoff_stdio", "rust/path_rename_dir_trailing_slashes",
               "rust/nofollow_errors", "c/pwrite-with-append", "c/stat-dev-ino", "assemblyscript/environ_get-multiple-variables"]
 SOME_RUNS = ["chibi-risp/repl", "chibi-rjo/pretty", "figlet/slant", "minigzip/file", "sqlite-wasi-unstable/file", "wazero-zig/ls-repeat",
-             "wazero-zig/stat", "hexyl/stdin", "go-testdir-helloworld/run"]
+             "wazero-zig/stat", "hexyl/stdin", "go-testdir-helloworld/run", "lua/pcall", "micropython/exc"]
 
 
 @pytest.mark.parametrize("program", [run_wasi.SHIM, run_wasi.WITHOUT_OPENAT2], ids=["openat2", "walk"])
