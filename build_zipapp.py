@@ -19,7 +19,7 @@ NAME = "containerd-shim-chibiwasm-v1"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 DATE = (1980, 1, 1, 0, 0, 0)
 
-# Run by each Python: reads the source from stdin, prints magic number and code.
+# Run by each Python, without the tables of columns, a third of the code: reads the source from stdin, prints magic number and code.
 COMPILE = """
 import _imp, importlib.util, marshal, sys
 source = sys.stdin.buffer.read()
@@ -78,7 +78,7 @@ def candidates():
 
 def compile_with(python, source):
     """(magic number in hex, marshalled code) of the source by that Python."""
-    done = subprocess.run([python, "-IS", "-c", COMPILE], input=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run([python, "-IS", "-X", "no_debug_ranges", "-c", COMPILE], input=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
         raise OSError(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
     magic, code = done.stdout.split(b"\n", 1)

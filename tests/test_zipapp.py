@@ -44,7 +44,15 @@ def test_runs_under_every_python_with_and_without_compiled_code(tmp_path, python
 
 def test_the_interpreter_can_be_named(tmp_path):
     shim = build(tmp_path / "shim", "--python", "/opt/python/bin/python3", "--no-compile")
-    assert shim.read_bytes().startswith(b"#!/opt/python/bin/python3 -IS\n")
+    assert shim.read_bytes().startswith(b"#!/opt/python/bin/python3 -IScimport ")
+
+
+def test_the_first_line_fits_every_kernel(tmp_path):
+    """Linux before 5.1 cuts it after 127 bytes (execve(2)); a long name goes without the short cut."""
+    for name in ("/opt/python3", "/opt/" + "long" * 10 + "/python3"):
+        shim = build(tmp_path / "shim", "--python", name, "--no-compile")
+        first = shim.read_bytes().partition(b"\n")[0] + b"\n"
+        assert len(first) <= 127 and first.startswith(b"#!" + name.encode() + b" -IS")
 
 
 def test_an_interpreter_that_is_named_must_be_there(tmp_path):
