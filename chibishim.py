@@ -14,16 +14,16 @@ The module reads bottom-up: a chapter uses only chapters before it.
   10  Store and instances     memories, tables, globals, linking (4.2, 4.5)
   11  Validation, translation one pass from bytes to basic blocks (3.3, A.3)
   12  Interpreter             the loop that executes blocks (4.4)
-  12b Reading and debugging   disassembly, offsets in backtraces, tracing, fuel
-  13  WASI                    preview 1: what a guest can do to the world
-  14  Linux                   system calls that os lacks, mounts, the event loop
-  15  OCI configuration       config.json to a list of set-up operations
-  16  Cgroups                 limits, metrics, killing (versions 1 and 2)
-  17  Container process       the operations, the payload, the guest's process
-  18  Task service            what containerd asks of a shim
-  19  Shim process            start, delete, the daemon, events
-  20  Without containerd      container, image, inspect
-  21  Command line            run, and everything above by name
+  13  Reading and debugging   disassembly, offsets in backtraces, tracing, fuel
+  14  WASI                    preview 1: what a guest can do to the world
+  15  Linux                   system calls that os lacks, mounts, the event loop
+  16  OCI configuration       config.json to a list of set-up operations
+  17  Cgroups                 limits, metrics, killing (versions 1 and 2)
+  18  Container process       the operations, the payload, the guest's process
+  19  Task service            what containerd asks of a shim
+  20  Shim process            start, delete, the daemon, events
+  21  Without containerd      container, image, inspect
+  22  Command line            run, and everything above by name
 """
 
 import _struct as struct
@@ -4328,7 +4328,7 @@ def translated(function):
     return function.entry
 
 
-# === 12b. Reading and debugging ===============================================
+# === 13. Reading and debugging ================================================
 #
 # Bodies as text, and what goes on while they run. The disassembler reads the rows of
 # INSTRUCTIONS and writes the text format (chapter 6 of the specification): what it
@@ -4667,7 +4667,7 @@ def backtrace_of(trap):
 MAX_BACKTRACE = 32
 
 
-# === 13. WASI =================================================================
+# === 14. WASI =================================================================
 #
 # WASI preview 1: 46 functions over the guest's memory. In: the arguments, the
 # environment, the preopened directories and listening sockets that the caller grants;
@@ -5780,7 +5780,7 @@ def printable(text):
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-# === 14. Linux ================================================================
+# === 15. Linux ================================================================
 #
 # What the shim asks of the kernel and Python's `os` does not have: mounts, mount
 # tables, paths inside a container, processes, and an event loop. The loop is the
@@ -6111,7 +6111,7 @@ def write_all(fd, data):
             yield writable(fd)
 
 
-# === 15. OCI configuration ====================================================
+# === 16. OCI configuration ====================================================
 #
 # config.json (OCI runtime specification 1.2) in, a list of set-up operations out.
 # Nothing here touches the system: what will be done to it can be read, and tested,
@@ -6531,7 +6531,7 @@ def capability_mask(names):
     return sum(1 << CAPABILITIES.index(name[4:]) for name in set(names or ()) if name[4:] in CAPABILITIES and name[:4] == "CAP_")
 
 
-# === 16. Cgroups ==============================================================
+# === 17. Cgroups ==============================================================
 #
 # A container's control group: one directory in the unified hierarchy (cgroups(7),
 # version 2), or one in each hierarchy of version 1, or both on a hybrid system.
@@ -6917,10 +6917,10 @@ def buffer_address(memory, _ctypes):
     return _ctypes.addressof(byte.from_buffer(memory))
 
 
-# === 17. Container process ====================================================
+# === 18. Container process ====================================================
 #
 # The child of the shim that becomes the container: it carries out the plan of
-# chapter 15, looks at its payload, says "ready" and waits for Start on a pipe. The
+# chapter 16, looks at its payload, says "ready" and waits for Start on a pipe. The
 # shim's death closes the pipe and the kernel kills the child (PR_SET_PDEATHSIG), so
 # no half-made container outlives its shim. What the child sends on the status pipe:
 # b"W" or b"N" (a Wasm or native payload, ready), b"N…" then nothing more at exec, or
@@ -7450,7 +7450,7 @@ def early_module(data):
 TIOCSCTTY, TIOCSWINSZ = 0x540E, 0x5414
 
 
-# === 18. Task service =========================================================
+# === 19. Task service =========================================================
 #
 # containerd.task.v2.Task (v3 is the same) for any number of containers in one shim.
 # A handler is a method with the call's name; it takes the decoded request and returns
@@ -8348,7 +8348,7 @@ class HookRunner:
                 raise error
 
 
-# === 19. Shim process =========================================================
+# === 20. Shim process =========================================================
 #
 # containerd runs the shim as a command: `start` makes the socket, leaves a daemon
 # behind that serves it, and prints the address; `delete` cleans up after a container,
@@ -8902,7 +8902,7 @@ def remove_dead_socket(bundle):
         probe.close()
 
 
-# === 20. Without containerd ===================================================
+# === 21. Without containerd ===================================================
 #
 # What a person with a terminal and no containerd needs: to run a module in a real
 # container by driving the shim as containerd would, to make an image of it, to look
@@ -9202,7 +9202,7 @@ def describe(module, path):
         yield "custom  %-8d %s" % (end - start, name)
 
 
-# === 21. Command line =========================================================
+# === 22. Command line =========================================================
 #
 # For people without containerd and for readers. Options end at the module, what
 # follows is the guest's, as with `wasmtime run`.

@@ -1,4 +1,4 @@
-"""Chapter 12b and its options: disassembly, offsets in backtraces, --trace, --fuel, --timeout."""
+"""Chapter 13 and its options: disassembly, offsets in backtraces, --trace, --fuel, --timeout."""
 
 import os
 import re
