@@ -1,6 +1,7 @@
 """chibishim: a containerd shim that runs WebAssembly containers, in one module.
 
-The module reads bottom-up: a chapter uses only chapters before it.
+The module reads bottom-up: a chapter uses only chapters before it, save that a
+module is checked and an instance is run by chapters 11 and 12.
 
    1  Errors                  one exception class for each phase
    2  Bytes                   a cursor: LEB128, names, vectors (core spec 5.2)
@@ -6111,6 +6112,11 @@ def write_all(fd, data):
             yield writable(fd)
 
 
+def log(text):
+    """A line for containerd's log (stderr is the bundle's log fifo), bounded and printable."""
+    report("chibishim: " + text)
+
+
 # === 16. OCI configuration ====================================================
 #
 # config.json (OCI runtime specification 1.2) in, a list of set-up operations out.
@@ -8371,9 +8377,8 @@ MAX_UNSENT_BYTES = 16 << 20
 SO_PEERCRED = 17
 
 
-def log(text):
-    """A line for containerd's log (stderr is the bundle's log fifo), bounded and printable."""
-    report("chibishim: " + text)
+class UsageError(Exception):
+    """The command line is wrong; the text says how to mend it."""
 
 
 def parse_flags(words):
@@ -8917,6 +8922,73 @@ DEFAULT_MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list",
 DEFAULT_READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 
 
+def parse_options(words, known, flags=()):
+    """Splits a command line into ({option: [values]}, rest); options end at the first
+    word that is none. `flags` take no value."""
+    options = {name: [] for name in (*known, *flags)}
+    position = 0
+    while position < len(words) and words[position].startswith("-") and words[position] != "-":
+        name, equals, value = words[position].lstrip("-").partition("=")
+        position += 1
+        if not name:
+            break
+        if name not in options:
+            raise UsageError("unknown option --%s; see --help" % name)
+        if name in flags:
+            if equals:
+                raise UsageError("--%s takes no value" % name)
+            value = True
+        elif not equals:
+            if position == len(words):
+                raise UsageError("--%s takes a value" % name)
+            value = words[position]
+            position += 1
+        options[name].append(value)
+    return options, words[position:]
+
+
+def map_file(path):
+    """A file's bytes, mapped: pages that nobody reads cost nothing, debug sections above all."""
+    with open(path, "rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+        except (ValueError, OSError):
+            return file.read(MAX_MODULE_BYTES)      # empty, or not mappable
+
+
+COMPONENT_MAGIC = b"\0asm\x0d\0\1\0"
+
+# What people have in place of a module, by its first bytes, and what helps.
+NO_MODULES = (
+    (b"", "is empty; build it again"),
+    (COMPONENT_MAGIC, "is a component, and only core modules run here; build it for wasm32-wasip1"),
+    (b"\x7fELF", "is a native program (ELF), no WebAssembly; build it for wasm32-wasip1"),
+    (b"#!", "is a script, no WebAssembly; run its interpreter's module with it as an argument"),
+    (b"!<arch>", "is a static library; link it to a module first"),
+    (b"BC\xC0\xDE", "is LLVM bitcode; link it to a module first"),
+    (b"\x1f\x8b", "is compressed; gunzip it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed; unzstd it first"),
+    (b"PK\3\4", "is a zip archive; unpack it first"),
+    (b"(", "is WebAssembly text; assemble it first: wat2wasm FILE.wat -o FILE.wasm"),
+    (b";;", "is WebAssembly text; assemble it first: wat2wasm FILE.wat -o FILE.wasm"),
+)
+NO_FILES = {0o040000: "is a directory; name the module in it", 0o020000: "is a device, no module", 0o060000: "is a device, no module"}
+
+
+def read_module(path):
+    """The bytes of a module's file; an OSError says what it is instead."""
+    kind = os.stat(path).st_mode & 0o170000
+    if kind in NO_FILES:
+        raise OSError(errno.EINVAL, NO_FILES[kind], path)
+    data = map_file(path)
+    if data[:4] == WASM_MAGIC and data[:8] != COMPONENT_MAGIC:
+        return data
+    start = data[:4096].lstrip()
+    text = next((text for magic, text in NO_MODULES if start.startswith(magic) and (magic or not data[:1])),
+                "is no WebAssembly module: it does not start with \\0asm")
+    raise OSError(errno.ENOEXEC, text, path)
+
+
 def enter_user_namespace():
     """Makes an ordinary user root in a user namespace of his own, where mounts and further
     namespaces are his to make: user_namespaces(7)."""
@@ -9236,77 +9308,6 @@ inspect [--disassemble [FUNC]] MODULE
 
 containerd calls it with -namespace … -id … start, or delete; -info and -v tell what it is.
 """
-
-
-class UsageError(Exception):
-    """The command line is wrong; the text says how to mend it."""
-
-
-def parse_options(words, known, flags=()):
-    """Splits a command line into ({option: [values]}, rest); options end at the first
-    word that is none. `flags` take no value."""
-    options = {name: [] for name in (*known, *flags)}
-    position = 0
-    while position < len(words) and words[position].startswith("-") and words[position] != "-":
-        name, equals, value = words[position].lstrip("-").partition("=")
-        position += 1
-        if not name:
-            break
-        if name not in options:
-            raise UsageError("unknown option --%s; see --help" % name)
-        if name in flags:
-            if equals:
-                raise UsageError("--%s takes no value" % name)
-            value = True
-        elif not equals:
-            if position == len(words):
-                raise UsageError("--%s takes a value" % name)
-            value = words[position]
-            position += 1
-        options[name].append(value)
-    return options, words[position:]
-
-
-def map_file(path):
-    """A file's bytes, mapped: pages that nobody reads cost nothing, debug sections above all."""
-    with open(path, "rb") as file:
-        try:
-            return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
-        except (ValueError, OSError):
-            return file.read(MAX_MODULE_BYTES)      # empty, or not mappable
-
-
-COMPONENT_MAGIC = b"\0asm\x0d\0\1\0"
-
-# What people have in place of a module, by its first bytes, and what helps.
-NO_MODULES = (
-    (b"", "is empty; build it again"),
-    (COMPONENT_MAGIC, "is a component, and only core modules run here; build it for wasm32-wasip1"),
-    (b"\x7fELF", "is a native program (ELF), no WebAssembly; build it for wasm32-wasip1"),
-    (b"#!", "is a script, no WebAssembly; run its interpreter's module with it as an argument"),
-    (b"!<arch>", "is a static library; link it to a module first"),
-    (b"BC\xC0\xDE", "is LLVM bitcode; link it to a module first"),
-    (b"\x1f\x8b", "is compressed; gunzip it first"),
-    (b"\x28\xb5\x2f\xfd", "is compressed; unzstd it first"),
-    (b"PK\3\4", "is a zip archive; unpack it first"),
-    (b"(", "is WebAssembly text; assemble it first: wat2wasm FILE.wat -o FILE.wasm"),
-    (b";;", "is WebAssembly text; assemble it first: wat2wasm FILE.wat -o FILE.wasm"),
-)
-NO_FILES = {0o040000: "is a directory; name the module in it", 0o020000: "is a device, no module", 0o060000: "is a device, no module"}
-
-
-def read_module(path):
-    """The bytes of a module's file; an OSError says what it is instead."""
-    kind = os.stat(path).st_mode & 0o170000
-    if kind in NO_FILES:
-        raise OSError(errno.EINVAL, NO_FILES[kind], path)
-    data = map_file(path)
-    if data[:4] == WASM_MAGIC and data[:8] != COMPONENT_MAGIC:
-        return data
-    start = data[:4096].lstrip()
-    text = next((text for magic, text in NO_MODULES if start.startswith(magic) and (magic or not data[:1])),
-                "is no WebAssembly module: it does not start with \\0asm")
-    raise OSError(errno.ENOEXEC, text, path)
 
 
 def split_pair(option, text, separator):

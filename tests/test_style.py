@@ -43,6 +43,10 @@ def test_the_engine_does_not_know_the_system():
             assert chapter_of(node.lineno) > last, "line %d uses %s" % (node.lineno, node.id)
 
 
+# Module and Instance of chapters 9 and 10 are the embedder's handles: validate_bodies, execute.
+RUNNING = (11, 12)
+
+
 def global_names(code):
     """(name, line) of every global that a code object and those in it read."""
     import dis
@@ -60,5 +64,5 @@ def test_a_chapter_uses_only_chapters_before_it():
     defined = {node.name: chapter_of(node.lineno) for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     late = {"line %d uses %s of chapter %d" % (line, name, defined[name])
             for name, line in global_names(compile(SOURCE, "chibishim.py", "exec"))
-            if defined.get(name, 0) > chapter_of(line) and line > 1}
+            if defined.get(name, 0) > chapter_of(line) and line > 1 and defined[name] not in RUNNING}
     assert late == set()
