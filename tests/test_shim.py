@@ -1,0 +1,195 @@
+"""Chapters 19 and 20 without containerd: the shim's commands and its service, called as containerd calls them."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+
+import pytest
+
+import chibishim
+from chibishim import RpcError, decode, encode
+from containerd import MODULES, SHIM
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of the shim's service is tested")
+
+
+class Bundle:
+    """One container's bundle and the shim that serves it; calls block."""
+
+    def __init__(self, directory, arguments=("z",)):
+        self.directory, self.id = directory, "c%d" % (time.time_ns() % 10**12)
+        self.path = os.path.join(directory, self.id)
+        os.makedirs(os.path.join(self.path, "rootfs"))
+        shutil.copy(os.path.join(MODULES, "guest.wasm"), os.path.join(self.path, "rootfs"))
+        self.config = chibishim.default_config("guest.wasm", list(arguments), [], [], False)
+        self.config["linux"]["cgroupsPath"] = "/chibitest/" + self.id
+        self.output = os.path.join(directory, self.id + ".out")
+        self.peer = None
+
+    def command(self, action, data=b""):
+        with open(os.path.join(self.path, "config.json"), "w") as file:
+            json.dump(self.config, file)
+        return subprocess.run([SHIM, "-namespace", "test", "-address", self.directory + "/none", "-publish-binary", "",
+                               "-id", self.id, "-bundle", self.path, action], input=data, cwd=self.path, capture_output=True, timeout=20)
+
+    def start(self):
+        done = self.command("start", encode("BootstrapParams", {"instance_id": self.id, "socket_dir": self.directory}))
+        assert done.returncode == 0 and done.stdout.startswith(b"unix://"), done.stderr
+        self.peer = socket.socket(socket.AF_UNIX)
+        self.peer.settimeout(20)
+        self.peer.connect(done.stdout.decode()[len("unix://"):])
+        self.reader, self.stream, self.answers = chibishim.FrameReader(), -1, []
+        return self
+
+    def send(self, method, message, service="containerd.task.v2.Task"):
+        self.stream += 2
+        payload = message if message.__class__ is bytes else encode(chibishim.TASK_METHODS[method][0], message)
+        self.peer.sendall(chibishim.request_frame(self.stream, service, method, payload))
+        return self.stream
+
+    def receive(self):
+        """The next answer: (stream, body)."""
+        while not self.answers:
+            data = self.peer.recv(65536)
+            assert data, "the shim closed the connection"
+            self.answers += [(stream, body) for stream, _, _, body in self.reader.feed(data)]
+        return self.answers.pop(0)
+
+    def call(self, method, service="containerd.task.v2.Task", **message):
+        stream = self.send(method, dict(message, id=self.id), service)
+        answered, body = self.receive()
+        assert answered == stream
+        return decode(chibishim.TASK_METHODS[method][1], chibishim.response_payload(body))
+
+    def create(self):
+        return self.call("Create", bundle=self.path, stdout="file://" + self.output)["pid"]
+
+    def fails(self, code, method, **message):
+        with pytest.raises(RpcError) as caught:
+            self.call(method, **message)
+        assert caught.value.args[0] == code, caught.value
+        return caught.value.args[1]
+
+
+@pytest.fixture
+def bundle():
+    with tempfile.TemporaryDirectory(prefix="chibi", dir="/run") as directory:
+        made = Bundle(directory)
+        yield made
+        made.command("delete")
+        assert all(directory not in line for line in open("/proc/self/mounts"))
+
+
+def test_start_prints_the_address_and_writes_it(bundle):
+    bundle.start()
+    with open(os.path.join(bundle.path, "address")) as file:
+        assert file.read() == "unix://" + bundle.peer.getpeername()
+
+
+def test_a_second_start_finds_the_same_shim(bundle):
+    first = bundle.start().peer.getpeername()
+    assert bundle.start().peer.getpeername() == first
+
+
+def test_delete_can_be_called_again_and_answers(bundle):
+    for _ in range(2):
+        done = bundle.command("delete")
+        assert done.returncode == 0
+        assert decode("DeleteResponse", done.stdout)["exit_status"] == 137
+
+
+@pytest.mark.parametrize("service", ["containerd.task.v2.Task", "containerd.task.v3.Task"])
+def test_the_life_of_a_task(bundle, service):
+    bundle.start()
+    pid = bundle.create()
+    assert bundle.call("State", service)["status"] == chibishim.CREATED and os.path.exists("/proc/%d" % pid)
+    bundle.call("Start", service)
+    assert bundle.call("State", service)["status"] == chibishim.RUNNING
+    assert [process["pid"] for process in bundle.call("Pids", service)["processes"]] == [pid]
+    assert bundle.call("Connect", service)["task_pid"] == pid
+    bundle.call("Kill", service, signal=9)
+    assert bundle.call("Wait", service)["exit_status"] == 137
+    assert bundle.call("State", service)["status"] == chibishim.STOPPED
+    assert bundle.call("Delete", service)["exit_status"] == 137
+    bundle.fails(chibishim.NOT_FOUND, "State")
+
+
+def test_what_a_state_does_not_allow_is_refused(bundle):
+    bundle.start().create()
+    bundle.fails(chibishim.FAILED_PRECONDITION, "Pause")
+    bundle.call("Start")
+    bundle.fails(chibishim.FAILED_PRECONDITION, "Start")
+    bundle.fails(chibishim.FAILED_PRECONDITION, "Delete")
+    bundle.call("Kill", signal=9)
+    bundle.call("Wait")
+    bundle.fails(chibishim.NOT_FOUND, "Kill", signal=9)
+
+
+def test_every_waiter_is_answered_and_nobody_waits_meanwhile(bundle):
+    bundle.start().create()
+    bundle.call("Start")
+    waiting = {bundle.send("Wait", {"id": bundle.id}) for _ in range(3)}
+    kill = bundle.send("Kill", {"id": bundle.id, "signal": 15})
+    answers = [bundle.receive() for _ in range(4)]
+    assert {stream for stream, _ in answers} == waiting | {kill}
+    for stream, body in answers:
+        if stream in waiting:
+            assert decode("WaitResponse", chibishim.response_payload(body))["exit_status"] == 143
+
+
+def test_a_created_container_that_is_deleted_never_runs(bundle):
+    pid = bundle.start().create()
+    bundle.call("Delete")
+    assert not os.path.exists("/proc/%d" % pid)
+    assert os.path.getsize(bundle.output) == 0
+
+
+@pytest.mark.parametrize("method", chibishim.TASK_METHODS)
+def test_every_method_answers_for_an_unknown_container(bundle, method):
+    bundle.start()
+    stream = bundle.send(method, {"id": "nobody"})
+    answered, body = bundle.receive()
+    assert answered == stream
+    if method not in ("Shutdown", "Connect", "Create"):
+        with pytest.raises(RpcError) as caught:
+            chibishim.response_payload(body)
+        assert caught.value.args[0] in (chibishim.NOT_FOUND, chibishim.UNIMPLEMENTED)
+
+
+def test_an_unknown_method_is_unimplemented(bundle):
+    bundle.start().send("Frobnicate", b"")
+    with pytest.raises(RpcError) as caught:
+        chibishim.response_payload(bundle.receive()[1])
+    assert caught.value.args[0] == chibishim.UNIMPLEMENTED
+
+
+def test_a_restriction_that_is_not_applied_makes_create_fail(bundle):
+    bundle.config["linux"]["intelRdt"] = {"closID": "x"}
+    bundle.start()
+    text = bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+    assert "intelRdt" in text
+    bundle.fails(chibishim.NOT_FOUND, "State")
+
+
+def test_the_guest_dies_with_its_shim(bundle):
+    pid = bundle.start().create()
+    bundle.call("Start")
+    os.kill(bundle.call("Connect")["shim_pid"], 9)
+    deadline = time.monotonic() + 5
+    while os.path.exists("/proc/%d/fd" % pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert bundle.command("delete").returncode == 0
+    assert not os.path.exists("/proc/%d" % pid) or open("/proc/%d/stat" % pid).read().split(") ")[1][0] == "Z"
+
+
+def test_a_shim_without_containers_ends_at_shutdown(bundle):
+    shim = bundle.start().call("Connect")["shim_pid"]
+    bundle.send("Shutdown", {"id": bundle.id})
+    deadline = time.monotonic() + 5
+    while os.path.exists("/proc/%d" % shim) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not os.path.exists("/proc/%d" % shim) and not os.path.exists(bundle.peer.getpeername())
