@@ -15,16 +15,18 @@ module is checked and an instance is run by chapters 11 and 12.
   10  Store and instances     memories, tables, globals, linking (4.2, 4.5)
   11  Validation, translation one pass from bytes to basic blocks (3.3, A.3)
   12  Interpreter             the loop that executes blocks (4.4)
-  13  Reading and debugging   disassembly, offsets in backtraces, tracing, fuel
-  14  WASI                    preview 1: what a guest can do to the world
-  15  Linux                   system calls that os lacks, mounts, the event loop
-  16  OCI configuration       config.json to a list of set-up operations
-  17  Cgroups                 limits, metrics, killing (versions 1 and 2)
-  18  Container process       the operations, the payload, the guest's process
-  19  Task service            what containerd asks of a shim
-  20  Shim process            start, delete, the daemon, events
-  21  Without containerd      container, image, inspect
-  22  Command line            run, and everything above by name
+  13  Processors              the C library; assemblers for x86-64 and aarch64
+  14  Native tier             hot functions as machine code; to be skipped at first
+  15  Reading and debugging   disassembly, offsets in backtraces, tracing, fuel
+  16  WASI                    preview 1: what a guest can do to the world
+  17  Linux                   system calls that os lacks, mounts, the event loop
+  18  OCI configuration       config.json to a list of set-up operations
+  19  Cgroups                 limits, metrics, killing (versions 1 and 2)
+  20  Container process       the operations, the payload, the guest's process
+  21  Task service            what containerd asks of a shim
+  22  Shim process            start, delete, the daemon, events
+  23  Without containerd      container, image, inspect
+  24  Command line            run, and everything above by name
 """
 
 import _struct as struct
@@ -1688,6 +1690,12 @@ def define(source, **names):
     return namespace["handler"]
 
 
+def remember(op, handler, memory=None):
+    """Notes on a handler which row of the table it executes, for the native tier."""
+    handler.op, handler.memory = op, memory
+    return handler
+
+
 PLACES = {1: ("R[a]",), 2: ("R[a]", "R[b]"), 3: ("R[a]", "R[b[0]]", "R[b[1]]")}
 
 
@@ -1703,7 +1711,7 @@ def numeric_handler(op):
         if expression.count("{%s}" % name) > 1:
             source.append("%s = %s" % (name, place))
             names[name] = name
-    return define(source + ["R[d] = " + expression.format(**names)])
+    return remember(op, define(source + ["R[d] = " + expression.format(**names)]))
 
 
 def lanewise_handler(op, format, expression, places):
@@ -1717,7 +1725,7 @@ def lanewise_handler(op, format, expression, places):
         code.append("%s = %s" % (", ".join(names), "unpack(%s, %d)" % (place, int(offset or 0)) if type == V128 else place))
     scalar = {name: name for name, type in zip("xyz", op.params) if type != V128}
     values = [expression.format(**{name: scalar.get(name, name + str(lane)) for name in "xyz"}) for lane in range(count)]
-    return define(code + ["R[d] = pack(%s)" % ", ".join(values)], unpack=unpack, pack=pack)
+    return remember(op, define(code + ["R[d] = pack(%s)" % ", ".join(values)], unpack=unpack, pack=pack))
 
 
 # What the verbs of memory accesses and lane accesses do. {at} is the address and {rest}
@@ -1758,7 +1766,8 @@ def access_handler(op, memory=None):
         at = "min(%s, %d)" % (at, sys.maxsize)      # which is out of bounds, and fits the struct module
     rest = "(%s)" % rest.format(x="x", y="y") if verb == "rmw" else rest
     source = [line.format(at=at, rest=rest) for line in ACCESSES[verb]]
-    return define(source, memory=memory, unpack=unpack, pack=pack, widen=widen, width=op.width, mask=mask)
+    handler = define(source, memory=memory, unpack=unpack, pack=pack, widen=widen, width=op.width, mask=mask)
+    return remember(op, handler, memory)
 
 
 def unpack_f32_at(buffer, address):
@@ -1796,7 +1805,16 @@ def out_of_bounds(what):
 
 
 def do_move(R, d, a, b):
+    """`b` is the type of what is moved."""
     R[d] = R[a]
+
+
+def do_count(R, d, a, b):
+    """Counts how much a function executes. `a` is [what is left, …, the tier that wants to
+    know when nothing is]; `d` says of a loop's head what a frame has there."""
+    a[0] -= b
+    if a[0] < 0:
+        a[-1].heat(a)
 
 
 def do_select(R, d, a, b):
@@ -2064,6 +2082,7 @@ def do_table_set(R, d, a, b):
         a.elements[R[b[0]]] = R[b[1]]
     except IndexError:
         raise out_of_bounds("table") from None
+    a.changed()
 
 
 def do_table_size(R, d, a, b):
@@ -2082,6 +2101,7 @@ def do_table_fill(R, d, a, b):
     if start + count > len(a.elements):
         raise out_of_bounds("table")
     a.elements[start:start + count] = [value] * count
+    a.changed()
 
 
 def do_table_copy(R, d, a, b):
@@ -2101,6 +2121,7 @@ def copy_elements(table, to, source, start, count):
     if start + count > len(source) or to + count > len(table.elements):
         raise out_of_bounds("table")
     table.elements[to:to + count] = source[start:start + count]
+    table.changed()
 
 
 def do_drop_segment(R, d, a, b):
@@ -2193,7 +2214,9 @@ class Module:
 
     `data` is bytes or any indexable buffer. Raises Malformed or Invalid. Function
     bodies are decoded and validated when they are first called, or all at once
-    by `validate()`."""
+    by `validate()`. `tier` decides which functions are compiled: a Tier, or None."""
+
+    tier = None
 
     def __init__(self, data):
         self.data = data
@@ -2726,9 +2749,10 @@ class Memory:
     """A linear memory. `pages` is its size, `view` a memoryview of just that many
     bytes; whoever keeps a view over a guest call must fetch it anew."""
 
-    __slots__ = ("pages", "maximum", "capacity", "mapping", "view", "address", "shared")
+    __slots__ = ("pages", "maximum", "capacity", "mapping", "view", "address", "shared", "observers")
 
     def __init__(self, minimum=0, maximum=None, address=I32, shared=False):
+        self.observers = []         # called with the memory when it has grown
         self.pages, self.maximum, self.address, self.shared = minimum, maximum, address, shared
         if minimum > MAX_PAGES:
             raise Exhaustion("memory of %d pages: at most %d" % (minimum, MAX_PAGES))
@@ -2757,15 +2781,18 @@ class Memory:
             return -1
         self.pages = old + pages
         self.view = memoryview(self.mapping)[:self.pages * PAGE_BYTES]
+        for observer in self.observers:
+            observer(self)
         return old
 
 
 class Table:
-    """A table of references; null is None."""
+    """A table of references; null is None. Whoever changes `elements` calls changed()."""
 
-    __slots__ = ("element", "elements", "maximum", "address")
+    __slots__ = ("element", "elements", "maximum", "address", "mirrors")
 
     def __init__(self, element, minimum=0, maximum=None, value=None, address=I32):
+        self.mirrors = []           # what keeps a copy of the elements
         if minimum > MAX_TABLE_ELEMENTS:
             raise Exhaustion("table of %d elements: at most %d" % (minimum, MAX_TABLE_ELEMENTS))
         self.element, self.maximum, self.address = element, maximum, address
@@ -2784,7 +2811,13 @@ class Table:
             self.elements.extend([value] * count)
         except MemoryError:
             return -1
+        self.changed()
         return old
+
+    def changed(self):
+        """Tells the mirrors."""
+        for mirror in self.mirrors:
+            mirror.clear()
 
 
 class Global:
@@ -2887,11 +2920,12 @@ class Instance:
     start function raises."""
 
     __slots__ = ("module", "functions", "tables", "memories", "globals", "tags", "elements", "datas", "exports", "handlers",
-                 "__weakref__")
+                 "context", "__weakref__")
 
     def __init__(self, module, imports=None):
         self.module = module
         self.handlers = {}          # opcode + (memory index << 32) -> handler of a memory access
+        self.context = None         # of its native code, if there is any
         spaces = {kind: [] for kind in EXTERN_KINDS}
         for item in module.imports:
             spaces[item.kind].append(resolve(module, item, imports or {}))
@@ -3019,7 +3053,7 @@ def python_function(type, call, name):
 #
 #     BR         go to x                       BR_TABLE   go to x[min(R[y], z)]
 #     BR_IF      go to x if R[y] else z        RETURN     with the values R[i], i in y
-#     CALL       x = callee, y = argument slots, z = (next block, first result's slot, handlers, at)
+#     CALL       x = callee, y = argument slots, z = (next block, first result's slot, handlers, at, type)
 #     CALL_REF   x = slot of the callee, y and z as for CALL
 #     TAIL_CALL  x = slot of the callee, y = argument slots, z as for CALL
 #     THROW      x = tag, y = slots of its values, z as for CALL; x = None: rethrow R[y[0]]
@@ -3032,6 +3066,7 @@ def python_function(type, call, name):
 # by way of a block of its own.
 
 BR, BR_IF, BR_TABLE, RETURN, CALL, CALL_REF, TAIL_CALL, THROW = range(8)
+CALL_COST = 4                   # a call counts as if it executed that part of the code
 ALIAS_STEPS_PER_BYTE = 64
 OPERAND_STEPS_PER_BYTE = 8
 
@@ -3064,7 +3099,8 @@ class Translator:
     Raises Malformed or Invalid."""
 
     __slots__ = ("function", "instance", "module", "reader", "locals", "zeros", "types", "slots", "controls", "block", "base",
-                 "deepest", "constants", "unset", "was_set", "handlers", "aliases", "alias_steps", "operand_steps", "at")
+                 "deepest", "constants", "unset", "was_set", "handlers", "aliases", "alias_steps", "operand_steps", "at",
+                 "counter")
 
     def __init__(self, function):
         self.function = function
@@ -3090,6 +3126,7 @@ class Translator:
         self.alias_steps = ALIAS_STEPS_PER_BYTE * reader.end + 10000
         self.operand_steps = OPERAND_STEPS_PER_BYTE * reader.end + 100000
         self.block = new_block()
+        self.counter = None         # what the steps of do_count count down, see the native tier
 
     def read_locals(self):
         """locals ::= vec(n valtype); counted before they are made."""
@@ -3110,6 +3147,9 @@ class Translator:
         """Translates the body and completes the Function."""
         function = self.function
         entry = self.block
+        if self.module.tier and not self.module.translator and function.index is not None and self.instance is not self.module.shell:
+            self.counter = self.module.tier.counter(function, self.locals)
+            self.emit(do_count, None, self.counter, 10 + self.reader.end // CALL_COST)
         results = list(function.type.results)
         self.controls = [Control(0x02, [], results, 0)]
         self.instructions()
@@ -3121,6 +3161,8 @@ class Translator:
         function.template = self.zeros + [None] * self.deepest + constants[::-1]
         function.limit = min(MAX_FRAMES, MAX_FRAME_SLOTS // (len(self.locals) + self.deepest + 1))
         function.entry = entry
+        if self.counter and self.counter[0] < 0:
+            self.module.tier.heat(self.counter)
 
     def instructions(self):
         """expr ::= instr* 0x0B: the loop over the body, or over as much of it as the reader's
@@ -3262,7 +3304,7 @@ class Translator:
             self.types.append(type)
             self.slots.append(slot)
         else:
-            self.emit(do_move, self.push(type), slot, 0)
+            self.emit(do_move, self.push(type), slot, type)
 
     def emit(self, handler, d, a, b):
         self.block[0].append((handler, d, a, b, self.at))
@@ -3278,7 +3320,7 @@ class Translator:
             self.count_aliases(len(slots) - height)
             for height in range(height, len(slots)):
                 if slots[height] != base + height:
-                    self.emit(do_move, base + height, slots[height], 0)
+                    self.emit(do_move, base + height, slots[height], self.types[height])
                     slots[height] = base + height
 
     def count_aliases(self, steps):
@@ -3390,6 +3432,8 @@ class Translator:
         control.target = head = new_block()
         self.finish(BR, head)
         self.block = head
+        if self.counter:
+            self.emit(do_count, (head, tuple(self.types)), self.counter, 0)
 
     def if_(self, op):
         params, results = self.block_type()
@@ -3412,9 +3456,9 @@ class Translator:
 
     def pop_results(self, control):
         slots = self.pop_all(control.results)
-        for height, slot in enumerate(slots, control.height):
+        for height, (slot, type) in enumerate(zip(slots, control.results), control.height):
             if slot != self.base + height:
-                self.emit(do_move, self.base + height, slot, 0)
+                self.emit(do_move, self.base + height, slot, type)
         needed = control.height + len(slots)
         if needed > self.deepest:
             self.deepest = needed
@@ -3436,6 +3480,9 @@ class Translator:
             if not types_match(control.params, control.results):
                 raise Invalid("type mismatch")
             control.other[1:] = BR, control.next, None, None
+        elif control.opcode == 0x03 and self.counter:
+            handler, head, counter, _, at = control.target[0][0]
+            control.target[0][0] = handler, head, counter, self.at - at, at
         self.finish(BR, control.next)
         self.block = control.next
         self.leave()
@@ -3460,7 +3507,7 @@ class Translator:
         """The block to go to for a branch that carries the operands in `slots`: the
         label's own, or one that first moves them where the label expects them."""
         wanted = range(self.base + control.height, self.base + control.height + len(slots))
-        moves = [(do_move, d, a, 0, self.at) for d, a in zip(wanted, slots) if d != a]
+        moves = [(do_move, d, a, type, self.at) for d, a, type in zip(wanted, slots, control.label_types) if d != a]
         needed = control.height + len(slots)
         if needed > self.deepest:
             self.deepest = needed
@@ -3591,7 +3638,7 @@ class Translator:
         """Ends the block with a call; the results go to the slots of their heights."""
         arguments = tuple(self.pop_all(type.params))
         following = new_block()
-        self.finish(kind, x, arguments, (following, self.base + len(self.slots), self.handlers, self.at))
+        self.finish(kind, x, arguments, (following, self.base + len(self.slots), self.handlers, self.at, type))
         self.block = following
         self.push_all(type.results)
 
@@ -3599,7 +3646,7 @@ class Translator:
         """Ends the block with a call in place of this function's frame."""
         if not types_match(type.results, self.controls[0].results):
             raise Invalid("type mismatch")
-        self.finish(TAIL_CALL, slot, tuple(self.pop_all(type.params)), (None, 0, None, self.at))
+        self.finish(TAIL_CALL, slot, tuple(self.pop_all(type.params)), (None, 0, None, self.at, type))
         self.unreachable()
 
     # -- parametric and variable instructions --
@@ -3613,14 +3660,14 @@ class Translator:
         other, first = self.pop_typed()
         if type.__class__ is tuple or other.__class__ is tuple or not type_matches(type, other):
             raise Invalid("type mismatch")
-        self.emit(do_select, self.push(type or other), first, (second, condition))
+        self.emit(do_select, self.push(type or other), first, (second, condition, type or other))
 
     def select_t_(self, op):
         types = self.reader.vector(self.reader.value_type)
         if len(types) != 1:
             raise Invalid("invalid result arity")
         condition, second, first = self.pop(I32), self.pop(types[0]), self.pop(types[0])
-        self.emit(do_select, self.push(types[0]), first, (second, condition))
+        self.emit(do_select, self.push(types[0]), first, (second, condition, types[0]))
 
     def local(self):
         """Reads and checks a local index."""
@@ -3659,14 +3706,14 @@ class Translator:
                 for height, other in enumerate(slots):
                     if other == index:
                         slots[height] = self.base + height
-                        self.emit(do_move, self.base + height, index, 0)
+                        self.emit(do_move, self.base + height, index, self.locals[index])
                         saved = True
         body = self.block[0]
         if slot >= self.base and not saved and body and body[-1][1] == slot:
             handler, _, a, b, at = body[-1]
             body[-1] = handler, index, a, b, at
         elif slot != index:
-            self.emit(do_move, index, slot, 0)
+            self.emit(do_move, index, slot, self.locals[index])
 
     def global_get_(self, op):
         index = self.reader.unsigned()
@@ -4224,7 +4271,7 @@ def execute(function, arguments):
                     elif kind == RETURN:
                         if not frames:
                             return [R[slot] for slot in y]
-                        function, (block, d, _, _), frame = frames.pop()
+                        function, (block, d, _, _, _), frame = frames.pop()
                         if len(y) == 1:
                             frame[d] = R[y[0]]
                         elif y:
@@ -4247,7 +4294,7 @@ def execute(function, arguments):
                                 R = list(results)
                                 block = [], RETURN, None, range(len(R)), None
                             else:
-                                block, d, _, _ = z
+                                block, d, _, _, _ = z
                                 R[d:d + len(results)] = results
                             continue
                         block = callee.entry or translated(callee)
@@ -4280,7 +4327,7 @@ def execute(function, arguments):
     at = interrupted(block, handler, z) if trap.__class__ is Timeout else at if handler else z[3]
     active = unwound or [(function, at)]
     active += [(caller, z[3]) for caller, z, _ in reversed(frames)]
-    trap.backtrace += tuple([(function, function.body.start + at) for function, at in active])
+    trap.backtrace += tuple([(function, function.body.start + at) for function, at in active if at is not None])
     raise trap
 
 
@@ -4329,7 +4376,3254 @@ def translated(function):
     return function.entry
 
 
-# === 13. Reading and debugging ================================================
+# === 13. Processors ===========================================================
+#
+# The C library by name, and what the native tier wants of a processor: two classes with the same methods, each
+# of which appends one operation to `code`. Registers are the processor's numbers, of
+# integers and of floats; `wide` is 1 for 64 bits and 0 for 32. A 32-bit operation
+# leaves zeros in the upper half of its register, on both processors, so an i32 is held
+# zero-extended and serves as an address as it is.
+#
+# A comparison sets the flags, and a condition says how to read them: a number that
+# negates by ^ 1. Labels are numbers too; what refers to one is mended by finish().
+#
+# Of an encoding's parts only the name of the manual's field is said here. (Intel 64
+# and IA-32 Software Developer's Manual, volume 2; Arm Architecture Reference Manual
+# for A-profile, chapter C6)
+
+class Libc:
+    """Functions of the C library by name: `libc.mount(…)`. Integers and None are passed
+    as C longs, bytes and buffers as pointers; -1 raises OSError named after the call. By
+    _ctypes, the module under ctypes: a sixth of its import time."""
+
+    def __getattr__(self, name):
+        import _ctypes
+
+        long = type("c_long", (_ctypes._SimpleCData,), {"_type_": "l"})
+        prototype = type("CFunction", (_ctypes.CFuncPtr,), {
+            "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO, "_restype_": long})
+        try:
+            function = prototype(_ctypes.dlsym(_ctypes.dlopen(None, 0), name))
+        except OSError:
+            raise OSError(errno.ENOSYS, "the C library has no %s" % name) from None
+
+        def call(*arguments):
+            _ctypes.set_errno(0)
+            result = function(*[long(a or 0) if a is None or a.__class__ is int else a for a in arguments])
+            if result == -1:
+                code = _ctypes.get_errno()
+                raise OSError(code, "%s: %s" % (name, os.strerror(code)))
+            return result
+        setattr(self, name, call)
+        return call
+
+
+libc = Libc()
+
+pack_i32 = struct.Struct("<i").pack
+COMMUTATIVE = ("add", "and", "or", "xor")
+SMALL_ENDS = 128                        # ends of accesses that are compared in one step
+
+
+STORE_BITS = {"i32.store": 32, "i64.store": 64, "i32.store8": 8, "i32.store16": 16, "i64.store8": 8, "i64.store16": 16,
+              "i64.store32": 32}
+
+
+class X64:
+    """x86-64 with SSE4.1 and POPCNT (the level x86-64-v2)."""
+
+    machine = "x86_64"
+    FEATURES = {19: "SSE4.1", 20: "SSE4.2", 23: "POPCNT"}       # bits of ecx from CPUID leaf 1
+    RETURN_BYTES = 8                    # what a call pushes
+    RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+    FRAME, MEMORY, CONTEXT = RSP, 14, 15
+    SCRATCH, FLOAT_SCRATCH = (RAX, RCX, RDX), (0, 1, 2)     # the third is the assembler's own
+    RESULT, FLOAT_RESULT = RAX, 0
+    # Of the System V ABI, which the C library's calls back into Python keep to.
+    CALLEE_SAVED, CALLER_SAVED = (RBX, RBP, 12, 13), (RSI, RDI, 8, 9, 10, 11)
+    FLOAT_CALLEE_SAVED, FLOAT_CALLER_SAVED = (), tuple(range(3, 16))
+    # opcodes: a mandatory prefix << 24, then one to three bytes
+    ALU = {"add": 0x01, "or": 0x09, "and": 0x21, "sub": 0x29, "xor": 0x31}
+    ALU_DIGIT = {"add": 0, "or": 1, "and": 4, "sub": 5, "xor": 6}
+    SHIFT_DIGIT = {"rotl": 0, "rotr": 1, "shl": 4, "shr_u": 5, "shr_s": 7}
+    CONDITIONS = {"eq": 4, "ne": 5, "lt_s": 12, "lt_u": 2, "gt_s": 15, "gt_u": 7, "le_s": 14, "le_u": 6, "ge_s": 13, "ge_u": 3}
+    OVERFLOW, SIGN, PARITY = 0, 8, 10
+    EQUAL, UNEQUAL = 16, 17             # of floats: the zero and the parity flag
+    FLOAT_CONDITIONS = {"eq": (EQUAL, False), "ne": (UNEQUAL, False), "lt": (7, True), "gt": (7, False), "le": (3, True),
+                        "ge": (3, False)}           # (condition, whether the operands are swapped)
+    FLOAT_ALU = {"add": 0x0F58, "mul": 0x0F59, "sub": 0x0F5C, "div": 0x0F5E, "sqrt": 0x0F51}
+    ROUNDING = {"nearest": 0, "floor": 1, "ceil": 2, "trunc": 3}
+    ACCESSES = {                        # opcode, wide
+        "i32.load": (0x8B, 0), "i64.load": (0x8B, 1), "i32.load8_s": (0x0FBE, 0), "i32.load8_u": (0x0FB6, 0),
+        "i32.load16_s": (0x0FBF, 0), "i32.load16_u": (0x0FB7, 0), "i64.load8_s": (0x0FBE, 1), "i64.load8_u": (0x0FB6, 0),
+        "i64.load16_s": (0x0FBF, 1), "i64.load16_u": (0x0FB7, 0), "i64.load32_s": (0x63, 1), "i64.load32_u": (0x8B, 0),
+        "f32.load": (0xF3000F10, 0), "f64.load": (0xF2000F10, 0),
+        "i32.store": (0x89, 0), "i64.store": (0x89, 1), "i32.store8": (0x88, 0), "i32.store16": (0x66000089, 0),
+        "i64.store8": (0x88, 0), "i64.store16": (0x66000089, 0), "i64.store32": (0x89, 0),
+        "f32.store": (0xF3000F11, 0), "f64.store": (0xF2000F11, 0),
+        "v128.load": (0x0F10, 0), "v128.store": (0x0F11, 0), "v128.load32_zero": (0x66000F6E, 0), "v128.load64_zero": (0xF3000F7E, 0),
+        "v128.load8x8_s": (0x660F3820, 0), "v128.load16x4_s": (0x660F3823, 0), "v128.load32x2_s": (0x660F3825, 0),
+        "v128.load8x8_u": (0x660F3830, 0), "v128.load16x4_u": (0x660F3833, 0), "v128.load32x2_u": (0x660F3835, 0)}
+    # A method and its arguments for each instruction on vectors; what is not here is left to
+    # the interpreter's handler.
+    VECTORS = {
+        **{name: ("vector_binary", opcode) for name, opcode in {
+            "i8x16.add": 0x66000FFC, "i8x16.add_sat_s": 0x66000FEC, "i8x16.add_sat_u": 0x66000FDC, "i8x16.sub": 0x66000FF8,
+            "i8x16.sub_sat_s": 0x66000FE8, "i8x16.sub_sat_u": 0x66000FD8, "i8x16.min_s": 0x660F3838, "i8x16.min_u": 0x66000FDA,
+            "i8x16.max_s": 0x660F383C, "i8x16.max_u": 0x66000FDE, "i8x16.avgr_u": 0x66000FE0, "i8x16.eq": 0x66000F74,
+            "i8x16.gt_s": 0x66000F64, "i8x16.narrow_i16x8_s": 0x66000F63, "i8x16.narrow_i16x8_u": 0x66000F67,
+            "i16x8.add": 0x66000FFD, "i16x8.add_sat_s": 0x66000FED, "i16x8.add_sat_u": 0x66000FDD, "i16x8.sub": 0x66000FF9,
+            "i16x8.sub_sat_s": 0x66000FE9, "i16x8.sub_sat_u": 0x66000FD9, "i16x8.mul": 0x66000FD5, "i16x8.min_s": 0x66000FEA,
+            "i16x8.min_u": 0x660F383A, "i16x8.max_s": 0x66000FEE, "i16x8.max_u": 0x660F383E, "i16x8.avgr_u": 0x66000FE3,
+            "i16x8.eq": 0x66000F75, "i16x8.gt_s": 0x66000F65, "i16x8.narrow_i32x4_s": 0x66000F6B,
+            "i16x8.narrow_i32x4_u": 0x660F382B, "i32x4.add": 0x66000FFE, "i32x4.sub": 0x66000FFA, "i32x4.mul": 0x660F3840,
+            "i32x4.min_s": 0x660F3839, "i32x4.min_u": 0x660F383B, "i32x4.max_s": 0x660F383D, "i32x4.max_u": 0x660F383F,
+            "i32x4.eq": 0x66000F76, "i32x4.gt_s": 0x66000F66, "i32x4.dot_i16x8_s": 0x66000FF5, "i64x2.add": 0x66000FD4,
+            "i64x2.sub": 0x66000FFB, "i64x2.eq": 0x660F3829, "v128.and": 0x66000FDB, "v128.or": 0x66000FEB,
+            "v128.xor": 0x66000FEF, "f32x4.add": 0x0F58, "f32x4.sub": 0x0F5C, "f32x4.mul": 0x0F59, "f32x4.div": 0x0F5E,
+            "f64x2.add": 0x66000F58, "f64x2.sub": 0x66000F5C, "f64x2.mul": 0x66000F59, "f64x2.div": 0x66000F5E}.items()},
+        **{name: ("vector_swapped", opcode) for name, opcode in {       # pmin(a, b) is minps b, a
+            "f32x4.pmin": 0x0F5D, "f32x4.pmax": 0x0F5F, "f64x2.pmin": 0x66000F5D, "f64x2.pmax": 0x66000F5F,
+            "i8x16.lt_s": 0x66000F64, "i16x8.lt_s": 0x66000F65, "i32x4.lt_s": 0x66000F66, "v128.andnot": 0x66000FDF}.items()},
+        **{name: ("vector_negated", opcode, swapped) for name, (opcode, swapped) in {
+            "i8x16.ne": (0x66000F74, False), "i16x8.ne": (0x66000F75, False), "i32x4.ne": (0x66000F76, False),
+            "i64x2.ne": (0x660F3829, False), "i8x16.le_s": (0x66000F64, False), "i16x8.le_s": (0x66000F65, False),
+            "i32x4.le_s": (0x66000F66, False), "i8x16.ge_s": (0x66000F64, True), "i16x8.ge_s": (0x66000F65, True),
+            "i32x4.ge_s": (0x66000F66, True)}.items()},
+        **{lanes + "x" + count + "." + relation: ("vector_unsigned", extreme, equal, relation in ("gt_u", "lt_u"))
+           for lanes, count, least, most, equal in (("i8", "16", 0x66000FDA, 0x66000FDE, 0x66000F74), ("i16", "8", 0x660F383A, 0x660F383E, 0x66000F75),
+                                                    ("i32", "4", 0x660F383B, 0x660F383F, 0x66000F76))
+           for relation, extreme in (("le_u", least), ("gt_u", least), ("ge_u", most), ("lt_u", most))},
+        **{lanes + relation: ("vector_float_compare", opcode, code, swapped)
+           for lanes, opcode in (("f32x4.", 0x0FC2), ("f64x2.", 0x66000FC2))
+           for relation, code, swapped in (("eq", 0, False), ("ne", 4, False), ("lt", 1, False), ("le", 2, False),
+                                           ("gt", 1, True), ("ge", 2, True))},
+        **{name: ("vector_unary", opcode) for name, opcode in {
+            "i8x16.abs": 0x660F381C, "i16x8.abs": 0x660F381D, "i32x4.abs": 0x660F381E, "f32x4.sqrt": 0x0F51, "f64x2.sqrt": 0x66000F51,
+            "i16x8.extend_low_i8x16_s": 0x660F3820, "i32x4.extend_low_i16x8_s": 0x660F3823, "i64x2.extend_low_i32x4_s": 0x660F3825,
+            "i16x8.extend_low_i8x16_u": 0x660F3830, "i32x4.extend_low_i16x8_u": 0x660F3833, "i64x2.extend_low_i32x4_u": 0x660F3835,
+            "f32x4.convert_i32x4_s": 0x0F5B, "f64x2.convert_low_i32x4_s": 0xF3000FE6, "f64x2.promote_low_f32x4": 0x0F5A,
+            "f32x4.demote_f64x2_zero": 0x66000F5A}.items()},
+        **{name: ("vector_unary_high", opcode) for name, opcode in {
+            "i16x8.extend_high_i8x16_s": 0x660F3820, "i32x4.extend_high_i16x8_s": 0x660F3823, "i64x2.extend_high_i32x4_s": 0x660F3825,
+            "i16x8.extend_high_i8x16_u": 0x660F3830, "i32x4.extend_high_i16x8_u": 0x660F3833,
+            "i64x2.extend_high_i32x4_u": 0x660F3835}.items()},
+        **{name: ("vector_multiply_long", extend, multiply, half == "high") for half in ("low", "high") for name, extend, multiply in (
+            ("i16x8.extmul_%s_i8x16_s" % half, 0x660F3820, 0x66000FD5), ("i16x8.extmul_%s_i8x16_u" % half, 0x660F3830, 0x66000FD5),
+            ("i32x4.extmul_%s_i16x8_s" % half, 0x660F3823, 0x660F3840), ("i32x4.extmul_%s_i16x8_u" % half, 0x660F3833, 0x660F3840),
+            ("i64x2.extmul_%s_i32x4_s" % half, 0x660F3825, 0x660F3828), ("i64x2.extmul_%s_i32x4_u" % half, 0x660F3835, 0x66000FF4))},
+        **{lanes + op: ("vector_round", opcode, code) for lanes, opcode in (("f32x4.", 0x660F3A08), ("f64x2.", 0x660F3A09))
+           for op, code in (("nearest", 0), ("floor", 1), ("ceil", 2), ("trunc", 3))},
+        **{lanes + "neg": ("vector_negate", opcode) for lanes, opcode in (
+            ("i8x16.", 0x66000FF8), ("i16x8.", 0x66000FF9), ("i32x4.", 0x66000FFA), ("i64x2.", 0x66000FFB))},
+        **{lanes + op: ("vector_shift", opcode, immediate, digit, mask) for lanes, mask, immediate, rows in (
+            ("i16x8.", 15, 0x66000F71, (("shl", 0x66000FF1, 6), ("shr_u", 0x66000FD1, 2), ("shr_s", 0x66000FE1, 4))),
+            ("i32x4.", 31, 0x66000F72, (("shl", 0x66000FF2, 6), ("shr_u", 0x66000FD2, 2), ("shr_s", 0x66000FE2, 4))),
+            ("i64x2.", 63, 0x66000F73, (("shl", 0x66000FF3, 6), ("shr_u", 0x66000FD3, 2)))) for op, opcode, digit in rows},
+        **{lanes + "all_true": ("vector_all_true", opcode) for lanes, opcode in (
+            ("i8x16.", 0x66000F74), ("i16x8.", 0x66000F75), ("i32x4.", 0x66000F76), ("i64x2.", 0x660F3829))},
+        **{lanes + "bitmask": ("vector_bitmask", opcode) for lanes, opcode in (
+            ("i8x16.", 0x66000FD7), ("i32x4.", 0x0F50), ("i64x2.", 0x66000F50))},
+        **{lanes + "splat": ("vector_splat", bits, is_float) for lanes, bits, is_float in (
+            ("i8x16.", 8, False), ("i16x8.", 16, False), ("i32x4.", 32, False), ("i64x2.", 64, False), ("f32x4.", 32, True),
+            ("f64x2.", 64, True))},
+        **{name: ("vector_extract", bits, way) for name, bits, way in (
+            ("i8x16.extract_lane_s", 8, "s"), ("i8x16.extract_lane_u", 8, "u"), ("i16x8.extract_lane_s", 16, "s"),
+            ("i16x8.extract_lane_u", 16, "u"), ("i32x4.extract_lane", 32, "u"), ("i64x2.extract_lane", 64, "u"),
+            ("f32x4.extract_lane", 32, "f"), ("f64x2.extract_lane", 64, "f"))},
+        **{lanes + "replace_lane": ("vector_replace", bits, is_float) for lanes, bits, is_float in (
+            ("i8x16.", 8, False), ("i16x8.", 16, False), ("i32x4.", 32, False), ("i64x2.", 64, False), ("f32x4.", 32, True),
+            ("f64x2.", 64, True))},
+        "v128.not": ("vector_not",), "v128.any_true": ("vector_any_true",), "v128.bitselect": ("vector_select",),
+        "i8x16.shuffle": ("vector_shuffle",), "i8x16.swizzle": ("vector_swizzle",)}
+    FRAME_EXTRA = 0
+    flush_stub = None                   # instruction fetches see what was written
+    encodings, indirect_encodings = {}, {}
+
+    def __init__(self):
+        self.code = bytearray()
+        self.labels = []                # position, or None
+        self.fixups = []                # (position of 32 bits, label, what it is relative to)
+
+    # -- encoding --
+
+    def register(self, opcode, wide, reg, rm, byte=False):
+        """An instruction whose ModR/M names two registers."""
+        key = opcode << 9 | wide << 8 | reg << 4 | rm
+        known = self.encodings.get(key)
+        if known is None:
+            known = self.encodings[key] = self.head(opcode, wide, reg, 0, rm, byte) + bytes((0xC0 | (reg & 7) << 3 | rm & 7,))
+        self.code += known
+
+    @staticmethod
+    def head(opcode, wide, reg, index, base, byte=False):
+        """Prefixes and opcode."""
+        rex = 0x40 | wide << 3 | (reg >> 3) << 2 | (index >> 3) << 1 | base >> 3
+        prefix, opcode = opcode >> 24, opcode & 0xFFFFFF
+        return ((bytes((prefix,)) if prefix else b"") + (bytes((rex,)) if rex != 0x40 or byte else b"")
+                + opcode.to_bytes(1 if opcode < 0x100 else 2 if opcode < 0x10000 else 3, "big"))
+
+    def indirect(self, opcode, wide, reg, base, displacement, index=None):
+        """An instruction whose ModR/M names a register and [base + index + displacement]."""
+        mod = 0 if displacement == 0 and base & 7 != 5 else 1 if -128 <= displacement < 128 else 2
+        key = (((opcode << 10 | wide << 9 | mod << 7 | reg << 3) << 4 | base) << 5) + (16 if index is None else index)
+        known = self.indirect_encodings.get(key)
+        if known is None:
+            head = self.head(opcode, wide, reg, index or 0, base, opcode == 0x88)
+            if index is not None or base & 7 == 4:
+                known = head + bytes((mod << 6 | (reg & 7) << 3 | 4, (4 if index is None else index & 7) << 3 | base & 7))
+            else:
+                known = head + bytes((mod << 6 | (reg & 7) << 3 | base & 7,))
+            self.indirect_encodings[key] = known
+        self.code += known
+        if mod == 1:
+            self.code.append(displacement & 0xFF)
+        elif mod == 2:
+            self.code += pack_i32(displacement)
+
+    # -- labels and jumps --
+
+    def label(self):
+        self.labels.append(None)
+        return len(self.labels) - 1
+
+    def bind(self, label):
+        self.labels[label] = len(self.code)
+
+    def refer(self, label, base=None):
+        self.code += bytes(4)
+        self.fixups.append((len(self.code) - 4, label, len(self.code) if base is None else base))
+
+    def jump(self, label):
+        self.code.append(0xE9)
+        self.refer(label)
+
+    def jump_if(self, condition, label):
+        if condition == self.EQUAL:
+            self.code += b"\x7a\x06"    # jp past the next
+            condition = 4
+        elif condition == self.UNEQUAL:
+            self.jump_if(self.PARITY, label)
+            condition = 5
+        self.code += bytes((0x0F, 0x80 | condition))
+        self.refer(label)
+
+    def call_label(self, label):
+        self.code.append(0xE8)
+        self.refer(label)
+
+    def jump_table(self, index, labels):
+        """Jumps to labels[index]; `index` is a scratch register."""
+        self.code += b"\x48\x8d\x15"    # lea rdx, [rip + 32 bits]
+        table = self.label()
+        self.refer(table)
+        self.code += self.head(0x63, 1, index, index, self.RDX) + bytes((index << 3 | 4, 2 << 6 | index << 3 | self.RDX))
+        self.alu("add", 1, index, index, self.RDX)
+        self.register(0xFF, 0, 4, index)
+        self.bind(table)
+        for label, base in zip(labels, [len(self.code)] * len(labels)):
+            self.refer(label, base)
+
+    def call_context(self, offset, index=None):
+        """Calls the address that the context holds at offset + 8 * index."""
+        self.through_context(2, offset, index)
+
+    def jump_context(self, offset, index=None):
+        self.through_context(4, offset, index)
+
+    def through_context(self, digit, offset, index):
+        if index is None:
+            self.indirect(0xFF, 0, digit, self.CONTEXT, offset)
+        else:
+            self.code += bytes((0x41, 0xFF, 0x84 | digit << 3, 3 << 6 | index << 3 | 7)) + pack_i32(offset)
+
+    def finish(self):
+        """Mends the references to labels."""
+        for position, label, base in self.fixups:
+            self.code[position:position + 4] = pack_i32(self.labels[label] - base)
+
+    # -- frames --
+
+    def enter(self, bytes, limit, overflow):
+        """Makes a frame; `limit` is where the context has the stack's end, `overflow` the
+        label for a stack that would cross it."""
+        if bytes < 4096:                # which the limit leaves room for
+            self.indirect(0x3B, 1, self.RSP, self.CONTEXT, limit)
+        else:
+            self.indirect(0x8D, 1, self.RAX, self.RSP, -bytes)
+            self.indirect(0x3B, 1, self.RAX, self.CONTEXT, limit)
+        self.jump_if(2, overflow)
+        self.register(0x81, 1, 5, self.RSP)
+        self.code += pack_i32(bytes)
+
+    def leave(self, bytes):
+        self.register(0x81, 1, 0, self.RSP)
+        self.code += pack_i32(bytes)
+
+    def return_(self):
+        self.code.append(0xC3)
+
+    # -- moves --
+
+    def move(self, d, a):
+        if d != a:
+            self.register(0x89, 1, a, d)
+
+    def immediate(self, d, value):
+        """d := 64 bits; leaves the flags alone."""
+        if value < 1 << 32:
+            self.code += (b"\x41" if d > 7 else b"") + (0xB8 | d & 7).to_bytes(1, "little") + value.to_bytes(4, "little")
+        elif value >= (1 << 64) - (1 << 31):
+            self.register(0xC7, 1, 0, d)
+            self.code += (value & MAX_U32).to_bytes(4, "little")
+        else:
+            self.code += bytes((0x49 if d > 7 else 0x48, 0xB8 | d & 7)) + value.to_bytes(8, "little")
+
+    def load(self, d, base, offset):
+        self.indirect(0x8B, 1, d, base, offset)
+
+    def store(self, a, base, offset):
+        self.indirect(0x89, 1, a, base, offset)
+
+    def load_indexed(self, d, base, index):
+        """d := [base + 8 * index]; `base` is a scratch register."""
+        self.code += self.head(0x8B, 1, d, index, base) + bytes(((d & 7) << 3 | 4, 3 << 6 | (index & 7) << 3 | base))
+
+    def store_immediate(self, value, base, offset):
+        """Stores 64 bits, by way of a scratch register if they must."""
+        if value < 1 << 31 or value >= (1 << 64) - (1 << 31):
+            self.indirect(0xC7, 1, 0, base, offset)
+            self.code += (value & MAX_U32).to_bytes(4, "little")
+        else:
+            self.immediate(self.RAX, value)
+            self.store(self.RAX, base, offset)
+
+    def float_move(self, d, a):
+        if d != a:
+            self.register(0x0F28, 0, d, a)
+
+    def float_zero(self, d):
+        self.register(0x0F57, 0, d, d)
+
+    def float_constant(self, d, label, bytes):
+        """Loads 4, 8 or 16 bytes from the code."""
+        self.code += self.head({4: 0xF3000F10, 8: 0xF2000F10, 16: 0x0F10}[bytes], 0, d, 0, 0) + (0x05 | (d & 7) << 3).to_bytes(1, "little")
+        self.refer(label)
+
+    def float_load(self, d, base, offset):
+        self.indirect(0xF2000F10, 0, d, base, offset)
+
+    def vector_load(self, d, base, offset):
+        self.indirect(0x0F10, 0, d, base, offset)
+
+    def vector_store(self, a, base, offset):
+        self.indirect(0x0F11, 0, a, base, offset)
+
+    def float_store(self, a, base, offset):
+        self.indirect(0xF2000F11, 0, a, base, offset)
+
+    # -- integers --
+
+    def alu(self, op, wide, d, a, b):
+        if d == b and d != a:
+            if op in COMMUTATIVE:
+                a, b = b, a
+            else:                       # sub
+                self.register(0xF7, wide, 3, d)
+                return self.register(0x01, wide, a, d)
+        elif d != a and op == "add":
+            return self.indirect(0x8D, wide, d, a, 0, b)
+        if d != a:
+            self.register(0x89, wide, a, d)
+        self.register(self.ALU[op], wide, b, d)
+
+    def alu_immediate(self, op, wide, d, a, value):
+        """Whether the operation could take the constant, an unsigned one."""
+        value = signed(value, 64 if wide else 32)
+        if not -1 << 31 <= value < 1 << 31:
+            return False
+        if op == "sub" and value != -1 << 31:
+            op, value = "add", -value
+        if d != a:
+            if op == "add":
+                self.indirect(0x8D, wide, d, a, value)
+                return True
+            self.register(0x89, wide, a, d)
+        short = -128 <= value < 128
+        self.register(0x83 if short else 0x81, wide, self.ALU_DIGIT[op], d)
+        self.code += bytes((value & 0xFF,)) if short else pack_i32(value)
+        return True
+
+    def multiply(self, wide, d, a, b):
+        if d == b:
+            a, b = b, a
+        if d != a:
+            self.register(0x89, wide, a, d)
+        self.register(0x0FAF, wide, d, b)
+
+    def multiply_immediate(self, wide, d, a, value):
+        value = signed(value, 64 if wide else 32)
+        if not -1 << 31 <= value < 1 << 31:
+            return False
+        self.register(0x69, wide, d, a)
+        self.code += pack_i32(value)
+        return True
+
+    def shift(self, op, wide, d, a, b):
+        self.register(0x89, 0, b, self.RCX)
+        if d != a:
+            self.register(0x89, wide, a, d)
+        self.register(0xD3, wide, self.SHIFT_DIGIT[op], d)
+
+    def shift_immediate(self, op, wide, d, a, count):
+        if d != a:
+            self.register(0x89, wide, a, d)
+        if count:
+            self.register(0xC1, wide, self.SHIFT_DIGIT[op], d)
+            self.code.append(count)
+
+    def divide(self, op, wide, d, a, b, trap, zero, minus_one):
+        """`trap(condition, text)`; `zero` and `minus_one` tell whether b may be that."""
+        if zero:
+            self.register(0x85, wide, b, b)
+            trap(4, "integer divide by zero")
+        self.register(0x89, wide, a, self.RAX)
+        done = self.label()
+        if op[-1] == "u":
+            self.register(0x31, 0, self.RDX, self.RDX)
+            self.register(0xF7, wide, 6, b)
+        else:
+            if minus_one:               # the quotient of the least integer does not fit
+                divide = self.label()
+                self.register(0x83, wide, 7, b)
+                self.code.append(0xFF)
+                self.jump_if(5, divide)
+                if op == "div_s":
+                    self.register(0xF7, wide, 3, self.RAX)
+                    trap(self.OVERFLOW, "integer overflow")
+                else:
+                    self.register(0x31, 0, self.RDX, self.RDX)
+                self.jump(done)
+                self.bind(divide)
+            self.code += b"\x48\x99" if wide else b"\x99"       # cqo, cdq
+            self.register(0xF7, wide, 7, b)
+        self.bind(done)
+        self.register(0x89, wide, self.RAX if op[:3] == "div" else self.RDX, d)
+
+    def clz(self, wide, d, a):
+        bits = 64 if wide else 32
+        self.immediate(self.RDX, 2 * bits - 1)      # which the last step makes `bits`
+        self.register(0x0FBD, wide, self.RAX, a)
+        self.register(0x0F44, wide, self.RAX, self.RDX)
+        self.alu_immediate("xor", 0, d, self.RAX, bits - 1)
+
+    def ctz(self, wide, d, a):
+        self.immediate(self.RDX, 64 if wide else 32)
+        self.register(0x0FBC, wide, self.RAX, a)
+        self.register(0x0F44, wide, self.RAX, self.RDX)
+        self.move(d, self.RAX)
+
+    def popcnt(self, wide, d, a):
+        self.register(0xF3000FB8, wide, d, a)
+
+    def extend(self, bits, wide, d, a):
+        """Sign-extends the low `bits`."""
+        self.register({8: 0x0FBE, 16: 0x0FBF, 32: 0x63}[bits], wide, d, a, bits == 8)
+
+    def wrap(self, d, a):
+        """d := the low 32 bits of a"""
+        self.register(0x89, 0, a, d)
+
+    # -- comparisons --
+
+    def compare(self, wide, a, b):
+        self.register(0x39, wide, b, a)
+
+    def compare_immediate(self, wide, a, value):
+        value = signed(value, 64 if wide else 32)
+        if not -1 << 31 <= value < 1 << 31:
+            return False
+        if value == 0:
+            self.register(0x85, wide, a, a)
+        else:
+            short = -128 <= value < 128
+            self.register(0x83 if short else 0x81, wide, 7, a)
+            self.code += bytes((value & 0xFF,)) if short else pack_i32(value)
+        return True
+
+    def float_compare(self, wide, a, b):
+        self.register(0x66000F2E if wide else 0x0F2E, 0, a, b)
+
+    def set_if(self, condition, d):
+        if condition >= self.EQUAL:
+            self.code += b"\x0f\x9b\xc1\x0f\x94\xc0\x20\xc8" if condition == self.EQUAL else (   # setnp cl, sete al, and
+                b"\x0f\x9a\xc1\x0f\x95\xc0\x08\xc8")                                              # setp cl, setne al, or
+        else:
+            self.code += bytes((0x0F, 0x90 | condition, 0xC0))
+        self.register(0x0FB6, 0, d, self.RAX, True)
+
+    def select(self, condition, d, a, b):
+        """d := a if the condition holds, else b"""
+        if condition >= self.EQUAL:
+            if condition == self.UNEQUAL:
+                a, b = b, a
+            self.move(self.RDX, a)
+            self.register(0x0F45, 1, self.RDX, b)
+            self.register(0x0F4A, 1, self.RDX, b)
+            self.move(d, self.RDX)
+        elif d == a:
+            self.register(0x0F40 | condition ^ 1, 1, d, b)
+        else:
+            self.move(d, b)
+            self.register(0x0F40 | condition, 1, d, a)
+
+    def float_select(self, condition, d, a, b):
+        done = self.label()
+        if d == b:
+            a, b, condition = b, a, condition ^ 1
+        self.float_move(d, a)
+        self.jump_if(condition, done)
+        self.float_move(d, b)
+        self.bind(done)
+
+    # -- memory --
+
+    def check_bounds(self, address, offset, width, bytes, limits):
+        """Compares address + offset + width with the memory's size; returns the condition of being
+        outside. The context has the size at `bytes`, and at `limits` the least address that is
+        outside for each small sum of offset and width."""
+        end = offset + width
+        if end < SMALL_ENDS:
+            self.indirect(0x3B, 1, address, self.CONTEXT, limits + 8 * end)
+            return 3
+        if end < 1 << 31:
+            self.indirect(0x8D, 1, self.RAX, address, end)
+        else:
+            self.immediate(self.RAX, end)
+            self.alu("add", 1, self.RAX, self.RAX, address)
+        self.indirect(0x3B, 1, self.RAX, self.CONTEXT, bytes)
+        return 7
+
+    def access(self, name, register, address, offset):
+        """A load or a store of the linear memory at address + offset, which is inside; without
+        an address register at the offset."""
+        opcode, wide = self.ACCESSES[name]
+        if offset >= 1 << 31:           # RDX: the others hold the address and the value
+            self.immediate(self.RDX, offset)
+            if address is not None:
+                self.alu("add", 1, self.RDX, self.RDX, address)
+            address, offset = self.RDX, 0
+        self.indirect(opcode, wide, register, self.MEMORY, offset, address)
+
+    def store_constant(self, name, value, address, offset):
+        """Whether a constant could be stored at address + offset."""
+        if offset >= 1 << 31 or name == "i64.store" and not -1 << 31 <= signed(value, 64) < 1 << 31:
+            return False
+        bits = STORE_BITS[name]
+        self.indirect({8: 0xC6, 16: 0x660000C7}.get(bits, 0xC7), bits == 64, 0, self.MEMORY, offset, address)
+        self.code += (value & MAX_U32).to_bytes(4, "little")[:min(bits, 32) // 8]
+        return True
+
+    # -- floats --
+
+    def float_alu(self, op, wide, d, a, b):
+        opcode = (0xF2000000 if wide else 0xF3000000) | self.FLOAT_ALU[op]
+        if d == b and d != a:
+            if op in ("add", "mul"):
+                a, b = b, a
+            else:
+                self.float_move(2, b)
+                b = 2
+        self.float_move(d, a)
+        self.register(opcode, 0, d, b)
+
+    def sqrt(self, wide, d, a):
+        self.register(0xF2000F51 if wide else 0xF3000F51, 0, d, a)
+
+    def round(self, op, wide, d, a):
+        self.register(0x660F3A0B if wide else 0x660F3A0A, 0, d, a)
+        self.code.append(8 | self.ROUNDING[op])
+
+    def minimum(self, op, wide, d, a, b):
+        """min or max: minsd knows neither NaN nor the sign of zero."""
+        prefix = 0xF2000000 if wide else 0xF3000000
+        unordered, differ, done = self.label(), self.label(), self.label()
+        self.float_move(2, a)
+        self.float_compare(wide, a, b)
+        self.jump_if(self.PARITY, unordered)
+        self.jump_if(5, differ)
+        self.register(0x0F56 if op == "min" else 0x0F54, 0, 2, b)      # orps, andps: of two zeros
+        self.jump(done)
+        self.bind(unordered)
+        self.register(prefix | 0x0F58, 0, 2, b)
+        self.jump(done)
+        self.bind(differ)
+        self.register(prefix | (0x0F5D if op == "min" else 0x0F5F), 0, 2, b)
+        self.bind(done)
+        self.float_move(d, 2)
+
+    def sign(self, op, wide, d, a, b=None):
+        """abs, neg and copysign, on the bits."""
+        bit = 63 if wide else 31
+        self.to_bits(wide, self.RAX, a)
+        if op == "neg":
+            self.register(0x0FBA, wide, 7, self.RAX)            # btc
+            self.code.append(bit)
+        else:
+            self.register(0x0FBA, wide, 6, self.RAX)            # btr
+            self.code.append(bit)
+        if op == "copysign":
+            self.to_bits(wide, self.RCX, b)
+            self.shift_immediate("shr_u", wide, self.RCX, self.RCX, bit)
+            self.shift_immediate("shl", wide, self.RCX, self.RCX, bit)
+            self.alu("or", wide, self.RAX, self.RAX, self.RCX)
+        self.from_bits(wide, d, self.RAX)
+
+    def to_bits(self, wide, d, a):
+        self.register(0x66000F7E, wide, a, d)
+
+    def from_bits(self, wide, d, a):
+        self.register(0x66000F6E, wide, d, a)
+
+    def promote(self, d, a):
+        self.register(0xF3000F5A, 0, d, a)
+
+    def demote(self, d, a):
+        self.register(0xF2000F5A, 0, d, a)
+
+    def from_integer(self, wide, d, a, source_wide, is_signed):
+        """A float of an integer; the register's old value would be waited for."""
+        prefix = 0xF2000000 if wide else 0xF3000000
+        if is_signed or not source_wide:            # a u32 is a positive s64
+            self.register(0x0F57, 0, d, d)
+            return self.register(prefix | 0x0F2A, source_wide if is_signed else 1, d, a)
+        large, done = self.label(), self.label()
+        self.move(self.RAX, a)
+        self.register(0x0F57, 0, d, d)
+        self.register(0x85, 1, self.RAX, self.RAX)
+        self.jump_if(self.SIGN, large)
+        self.register(prefix | 0x0F2A, 1, d, self.RAX)
+        self.jump(done)
+        self.bind(large)                # half of it, rounded to odd, twice
+        self.wrap(self.RDX, self.RAX)
+        self.alu_immediate("and", 0, self.RDX, self.RDX, 1)
+        self.shift_immediate("shr_u", 1, self.RAX, self.RAX, 1)
+        self.alu("or", 1, self.RAX, self.RAX, self.RDX)
+        self.register(prefix | 0x0F2A, 1, d, self.RAX)
+        self.register(prefix | 0x0F58, 0, d, d)
+        self.bind(done)
+
+    def to_integer(self, wide, d, a, source_wide, is_signed, failed):
+        """Truncates what fits; whatever else jumps to `failed`: NaN, out of range, and a few
+        that fit."""
+        self.register((0xF2000000 if source_wide else 0xF3000000) | 0x0F2C, 1, self.RAX, a)
+        if wide:
+            self.compare_immediate(1, self.RAX, 1 if is_signed else 0)
+            self.jump_if(self.OVERFLOW if is_signed else self.SIGN, failed)
+        else:
+            if is_signed:
+                self.extend(32, 1, self.RDX, self.RAX)
+            else:
+                self.wrap(self.RDX, self.RAX)
+            self.compare(1, self.RDX, self.RAX)
+            self.jump_if(5, failed)
+        self.register(0x89, wide, self.RAX, d)
+
+    # -- vectors: register 2 is free, and so are RAX and RDX --
+
+    def vector_binary(self, d, a, b, opcode):
+        if d == b and d != a:
+            self.float_move(2, b)
+            b = 2
+        self.float_move(d, a)
+        self.register(opcode, 0, d, b)
+
+    def vector_swapped(self, d, a, b, opcode):
+        self.vector_binary(d, b, a, opcode)
+
+    def vector_unary(self, d, a, opcode):
+        self.register(opcode, 0, d, a)
+
+    def vector_unary_high(self, d, a, opcode):
+        self.high_half(2, a)
+        self.register(opcode, 0, d, 2)
+
+    def high_half(self, d, a):
+        self.register(0x66000F70, 0, d, a)          # pshufd
+        self.code.append(0xEE)
+
+    def vector_negated(self, d, a, b, opcode, swapped):
+        if swapped:
+            a, b = b, a
+        self.vector_binary(d, a, b, opcode)
+        self.vector_not(d, d)
+
+    def vector_not(self, d, a):
+        self.register(0x66000F76, 0, 2, 2)          # pcmpeqd: all ones
+        if d != a:
+            self.float_move(d, a)
+        self.register(0x66000FEF, 0, d, 2)
+
+    def vector_unsigned(self, d, a, b, extreme, equal, negated):
+        """a <= b as min(a, b) == a, and so on"""
+        self.float_move(2, a)
+        self.register(extreme, 0, 2, b)
+        self.register(equal, 0, 2, a)
+        if negated:
+            return self.vector_not_scratch(d)
+        self.float_move(d, 2)
+
+    def vector_not_scratch(self, d):
+        self.register(0x66000F76, 0, d, d)
+        self.register(0x66000FEF, 0, d, 2)
+
+    def vector_float_compare(self, d, a, b, opcode, code, swapped):
+        if swapped:
+            a, b = b, a
+        self.vector_binary(d, a, b, opcode)
+        self.code.append(code)
+
+    def vector_round(self, d, a, opcode, code):
+        self.register(opcode, 0, d, a)
+        self.code.append(8 | code)
+
+    def vector_negate(self, d, a, opcode):
+        self.register(0x66000FEF, 0, 2, 2)
+        self.register(opcode, 0, 2, a)
+        self.float_move(d, 2)
+
+    def vector_multiply_long(self, d, a, b, extend, multiply, is_high):
+        if is_high:
+            self.high_half(2, a)
+            self.register(extend, 0, 2, 2)
+            self.high_half(1, b)
+            self.register(extend, 0, 1, 1)
+        else:
+            self.register(extend, 0, 2, a)
+            self.register(extend, 0, 1, b)
+        self.register(multiply, 0, 2, 1)
+        self.float_move(d, 2)
+
+    def vector_shift(self, d, a, count, opcode, immediate, digit, mask):
+        self.move(self.RAX, count)
+        self.alu_immediate("and", 0, self.RAX, self.RAX, mask)
+        self.from_bits(0, 2, self.RAX)
+        self.float_move(d, a)
+        self.register(opcode, 0, d, 2)
+
+    def vector_shift_immediate(self, d, a, count, opcode, immediate, digit, mask):
+        self.float_move(d, a)
+        self.register(immediate, 0, digit, d)
+        self.code.append(count & mask)
+
+    def vector_all_true(self, d, a, equal):
+        self.register(0x66000FEF, 0, 2, 2)
+        self.register(equal, 0, 2, a)
+        self.register(0x660F3817, 0, 2, 2)          # ptest
+        self.set_if(4, d)
+
+    def vector_any_true(self, d, a):
+        self.register(0x660F3817, 0, a, a)
+        self.set_if(5, d)
+
+    def vector_bitmask(self, d, a, opcode):
+        self.register(opcode, 0, d, a)
+
+    def vector_splat(self, d, a, bits, is_float):
+        if is_float:
+            self.float_move(d, a)
+        else:
+            self.from_bits(bits == 64, d, a)
+        if bits == 8:
+            self.register(0x66000FEF, 0, 2, 2)
+            self.register(0x660F3800, 0, d, 2)      # pshufb
+        elif bits == 64:
+            self.register(0x66000F6C, 0, d, d)      # punpcklqdq
+        else:
+            if bits == 16:
+                self.register(0xF2000F70, 0, d, d)  # pshuflw
+                self.code.append(0)
+            self.register(0x66000F70, 0, d, d)
+            self.code.append(0)
+
+    def vector_extract(self, d, a, lane, bits, way):
+        if way == "f":
+            if lane:
+                self.register(0x66000F70, 0, d, a)
+                self.code.append(lane if bits == 32 else 0xEE)
+            else:
+                self.float_move(d, a)
+            return
+        if bits == 16:
+            self.register(0x66000FC5, 0, d, a)      # pextrw
+        else:
+            self.register(0x660F3A14 if bits == 8 else 0x660F3A16, bits == 64, a, d)
+        self.code.append(lane)
+        if way == "s":
+            self.extend(bits, 0, d, d)
+
+    def vector_replace(self, d, a, b, lane, bits, is_float):
+        if is_float:
+            if d == b and d != a:
+                self.float_move(2, b)
+                b = 2
+            self.float_move(d, a)
+            if bits == 32:
+                self.register(0x660F3A21, 0, d, b)  # insertps
+                self.code.append(lane << 4)
+            else:
+                self.register(0x0F16 if lane else 0xF2000F10, 0, d, b)      # movlhps, movsd
+            return
+        self.float_move(d, a)
+        self.register(0x66000FC4 if bits == 16 else 0x660F3A20 if bits == 8 else 0x660F3A22, bits == 64, d, b)
+        self.code.append(lane)
+
+    def vector_select(self, d, a, b, mask):
+        """The bits of a where the mask has ones, those of b elsewhere: b ^ (a ^ b) & mask"""
+        self.float_move(0, a)           # register 2 may be the mask's
+        self.register(0x66000FEF, 0, 0, b)
+        self.register(0x66000FDB, 0, 0, mask)
+        self.register(0x66000FEF, 0, 0, b)
+        self.float_move(d, 0)
+
+    def vector_swizzle(self, d, a, b, constant):
+        """pshufb yields 0 for an index from 128 on, and the saturated sum makes it so from 16 on."""
+        self.float_constant(2, constant(b"\x70" * 16), 16)
+        self.register(0x66000FDC, 0, 2, b)
+        self.float_move(d, a)
+        self.register(0x660F3800, 0, d, 2)
+
+    def vector_shuffle(self, d, a, b, indices, constant):
+        words = [indices[i] >> 2 for i in (0, 4, 8, 12)]
+        is_words = all(indices[4 * i + j] == 4 * words[i] + j for i in range(4) for j in range(4))
+        sides = [word >> 2 for word in words]
+        code = sum((word & 3) << 2 * i for i, word in enumerate(words))
+        if is_words and len(set(sides)) == 1:
+            self.register(0x66000F70, 0, d, b if sides[0] else a)
+            self.code.append(code)
+        elif is_words and sides in ([0, 0, 1, 1], [1, 1, 0, 0]):
+            if sides[0]:
+                a, b = b, a
+            self.vector_binary(d, a, b, 0x0FC6)     # shufps
+            self.code.append(code)
+        else:
+            self.float_constant(2, constant(bytes(i if i < 16 else 0x80 for i in indices)), 16)
+            other = bytes(i - 16 if i >= 16 else 0x80 for i in indices)
+            if a != 0:
+                if b == 0:
+                    self.float_move(1, b)
+                    b = 1
+                self.float_move(0, a)
+            self.register(0x660F3800, 0, 0, 2)
+            self.float_constant(2, constant(other), 16)
+            if b != 1:
+                self.float_move(1, b)
+            self.register(0x660F3800, 0, 1, 2)
+            self.register(0x66000FEB, 0, 0, 1)
+            self.float_move(d, 0)
+
+    # -- the seam: functions of the C ABI, and what they call --
+
+    def features_stub(self):
+        """long features(): what CPUID says in ecx of leaf 1."""
+        self.push(self.RBX)
+        self.immediate(self.RAX, 1)
+        self.code += b"\x0f\xa2\x89\xc8\x5b\xc3"      # cpuid; mov eax, ecx; pop rbx; ret
+
+    def entry_stub(self, host_stack, memory_base, results):
+        """int enter(context, code, stack): calls native code on the guest's stack. Offsets in
+        the context: where the host's stack pointer is kept, the memory's address, and where an
+        integer and a float result go. Returns the offset of the exit, which expects a status
+        in eax."""
+        for register in (self.RBX, self.RBP, 12, 13, 14, 15):
+            self.push(register)
+        self.indirect(0xFF, 0, 6, self.RDI, host_stack)         # of an entry further out
+        self.store(self.RSP, self.RDI, host_stack)
+        self.move(self.CONTEXT, self.RDI)
+        self.load(self.MEMORY, self.CONTEXT, memory_base)
+        self.move(self.RSP, self.RDX)
+        self.register(0xFF, 0, 2, self.RSI)
+        self.store(self.RAX, self.CONTEXT, results)
+        self.vector_store(0, self.CONTEXT, results + 8)
+        self.immediate(self.RAX, 0)
+        exit = len(self.code)
+        self.load(self.RSP, self.CONTEXT, host_stack)
+        self.indirect(0x8F, 0, 0, self.CONTEXT, host_stack)
+        for register in (15, 14, 13, 12, self.RBP, self.RBX):
+            self.code += (b"\x41" if register > 7 else b"") + bytes((0x58 | register & 7,))
+        self.code.append(0xC3)
+        return exit
+
+    def push(self, register):
+        self.code += (b"\x41" if register > 7 else b"") + bytes((0x50 | register & 7,))
+
+    def trap_stub(self, trap_stack, exit):
+        """Native code calls it with a status in eax: notes the stack and leaves."""
+        self.store(self.RSP, self.CONTEXT, trap_stack)
+        self.code.append(0xE9)
+        self.code += pack_i32(exit - len(self.code) - 4)
+
+    def helper_stub(self, host_stack, callback, trap, pending):
+        """Native code calls it with a number in eax: calls callback(number, stack) on the host's
+        stack, then traps with the status `pending` or returns what the callback left in
+        the first argument's place."""
+        self.move(self.RDI, self.RAX)
+        self.move(self.RSI, self.RSP)
+        self.load(self.RSP, self.CONTEXT, host_stack)
+        self.push(self.RSI)
+        self.register(0x81, 1, 5, self.RSP)         # aligned: the entry pushed seven and a return address
+        self.code += pack_i32(8)
+        self.indirect(0xFF, 0, 2, self.CONTEXT, callback)
+        self.load(self.RSP, self.RSP, 8)
+        self.register(0x85, 0, self.RAX, self.RAX)
+        failed = self.label()
+        self.jump_if(5, failed)
+        self.load(self.RAX, self.RSP, 8)
+        self.vector_load(0, self.RSP, 8)
+        self.code.append(0xC3)
+        self.bind(failed)
+        self.immediate(self.RAX, pending)
+        self.jump_context(trap)
+
+
+class A64:
+    """aarch64, Armv8.0."""
+
+    machine = "aarch64"
+    FEATURES = {}                       # floats and vectors are part of the platform
+    RETURN_BYTES, FRAME_EXTRA = 0, 8    # a call pushes nothing; the frame ends with the link register
+    FRAME, MEMORY, CONTEXT, LINK = 31, 27, 28, 30       # the link register is saved, so it is free
+    SCRATCH, FLOAT_SCRATCH = (16, 17, 15), (0, 1, 2)
+    RESULT, FLOAT_RESULT = 0, 0
+    # Of the procedure call standard AAPCS64; register 18 is the platform's.
+    CALLEE_SAVED, CALLER_SAVED = tuple(range(19, 27)), tuple(range(1, 15))
+    FLOAT_CALLEE_SAVED, FLOAT_CALLER_SAVED = tuple(range(8, 16)), tuple(range(16, 32)) + tuple(range(3, 8))
+    ZERO = 31                           # where it is not the stack pointer
+    WIDE = 1 << 31
+    ALU = {"add": 0x0B000000, "sub": 0x4B000000, "and": 0x0A000000, "or": 0x2A000000, "xor": 0x4A000000}
+    LOGICAL = {"and": 0x12000000, "or": 0x32000000, "xor": 0x52000000}
+    SHIFTS = {"shl": 0x1AC02000, "shr_u": 0x1AC02400, "shr_s": 0x1AC02800, "rotr": 0x1AC02C00}
+    CONDITIONS = {"eq": 0, "ne": 1, "lt_s": 11, "lt_u": 3, "gt_s": 12, "gt_u": 8, "le_s": 13, "le_u": 9, "ge_s": 10, "ge_u": 2}
+    FLOAT_CONDITIONS = {"eq": (0, False), "ne": (1, False), "lt": (4, False), "gt": (12, False), "le": (9, False),
+                        "ge": (10, False)}
+    FLOAT_ALU = {"add": 0x1E202800, "sub": 0x1E203800, "mul": 0x1E200800, "div": 0x1E201800}
+    ROUNDING = {"nearest": 0x1E244000, "ceil": 0x1E24C000, "floor": 0x1E254000, "trunc": 0x1E25C000}
+    ACCESSES = {                        # with a register as offset
+        "i32.load": 0xB8606800, "i64.load": 0xF8606800, "i32.load8_s": 0x38E06800, "i32.load8_u": 0x38606800,
+        "i32.load16_s": 0x78E06800, "i32.load16_u": 0x78606800, "i64.load8_s": 0x38A06800, "i64.load8_u": 0x38606800,
+        "i64.load16_s": 0x78A06800, "i64.load16_u": 0x78606800, "i64.load32_s": 0xB8A06800, "i64.load32_u": 0xB8606800,
+        "f32.load": 0xBC606800, "f64.load": 0xFC606800, "v128.load": 0x3CE06800, "v128.load32_zero": 0xBC606800,
+        "v128.load64_zero": 0xFC606800,
+        "i32.store": 0xB8206800, "i64.store": 0xF8206800, "i32.store8": 0x38206800, "i32.store16": 0x78206800,
+        "i64.store8": 0x38206800, "i64.store16": 0x78206800, "i64.store32": 0xB8206800,
+        "f32.store": 0xBC206800, "f64.store": 0xFC206800, "v128.store": 0x3CA06800}
+    VECTORS = {
+        **{"%s.%s" % (lanes, name): ("vector_binary", opcode | size << 22) for name, opcode, sizes in (
+            ("add", 0x4E208400, "0123"), ("sub", 0x6E208400, "0123"), ("mul", 0x4E209C00, "12"), ("add_sat_s", 0x4E200C00, "01"),
+            ("add_sat_u", 0x6E200C00, "01"), ("sub_sat_s", 0x4E202C00, "01"), ("sub_sat_u", 0x6E202C00, "01"),
+            ("min_s", 0x4E206C00, "012"), ("min_u", 0x6E206C00, "012"), ("max_s", 0x4E206400, "012"), ("max_u", 0x6E206400, "012"),
+            ("avgr_u", 0x6E201400, "01"), ("eq", 0x6E208C00, "0123"), ("gt_s", 0x4E203400, "0123"), ("ge_s", 0x4E203C00, "0123"),
+            ("gt_u", 0x6E203400, "012"), ("ge_u", 0x6E203C00, "012"))
+           for size, lanes in enumerate(("i8x16", "i16x8", "i32x4", "i64x2")) if str(size) in sizes},
+        **{"%s.%s" % (lanes, name): ("vector_swapped", opcode | size << 22) for name, opcode, sizes in (
+            ("lt_s", 0x4E203400, "0123"), ("le_s", 0x4E203C00, "0123"), ("lt_u", 0x6E203400, "012"), ("le_u", 0x6E203C00, "012"))
+           for size, lanes in enumerate(("i8x16", "i16x8", "i32x4", "i64x2")) if str(size) in sizes},
+        **{"%s.ne" % lanes: ("vector_negated", 0x6E208C00 | size << 22) for size, lanes in enumerate(("i8x16", "i16x8", "i32x4", "i64x2"))},
+        **{"%s.%s" % (lanes, name): ("vector_unary", opcode | size << 22) for name, opcode in (("neg", 0x6E20B800), ("abs", 0x4E20B800))
+           for size, lanes in enumerate(("i8x16", "i16x8", "i32x4", "i64x2"))},
+        **{"%s.%s" % (lanes, name): ("vector_binary", opcode | double << 22) for name, opcode in (
+            ("add", 0x4E20D400), ("sub", 0x4EA0D400), ("mul", 0x6E20DC00), ("div", 0x6E20FC00), ("min", 0x4EA0F400),
+            ("max", 0x4E20F400), ("eq", 0x4E20E400), ("gt", 0x6EA0E400), ("ge", 0x6E20E400))
+           for double, lanes in enumerate(("f32x4", "f64x2"))},
+        **{"%s.%s" % (lanes, name): ("vector_swapped", opcode | double << 22) for name, opcode in (("lt", 0x6EA0E400), ("le", 0x6E20E400))
+           for double, lanes in enumerate(("f32x4", "f64x2"))},
+        **{"%s.ne" % lanes: ("vector_negated", 0x4E20E400 | double << 22) for double, lanes in enumerate(("f32x4", "f64x2"))},
+        **{"%s.%s" % (lanes, name): ("vector_unary", opcode | double << 22) for name, opcode in (
+            ("abs", 0x4EA0F800), ("neg", 0x6EA0F800), ("sqrt", 0x6EA1F800), ("nearest", 0x4E218800), ("floor", 0x4E219800),
+            ("ceil", 0x4EA18800), ("trunc", 0x4EA19800)) for double, lanes in enumerate(("f32x4", "f64x2"))},
+        **{"%s.%s" % (lanes, op): ("vector_shift", op, size) for op in ("shl", "shr_s", "shr_u")
+           for size, lanes in enumerate(("i8x16", "i16x8", "i32x4", "i64x2"))},
+        **{"%s.splat" % lanes: ("vector_splat", size, is_float) for lanes, size, is_float in (
+            ("i8x16", 0, False), ("i16x8", 1, False), ("i32x4", 2, False), ("i64x2", 3, False), ("f32x4", 2, True), ("f64x2", 3, True))},
+        "v128.and": ("vector_binary", 0x4E201C00), "v128.or": ("vector_binary", 0x4EA01C00), "v128.xor": ("vector_binary", 0x6E201C00),
+        "v128.andnot": ("vector_binary", 0x4E601C00), "v128.not": ("vector_unary", 0x6E205800), "i8x16.popcnt": ("vector_unary", 0x4E205800),
+        "v128.bitselect": ("vector_select",), "i8x16.swizzle": ("vector_swizzle",), "i8x16.shuffle": ("vector_shuffle",)}
+
+    def __init__(self):
+        self.code = bytearray()
+        self.labels = []                # position, or None
+        self.fixups = []                # (position of an instruction, label, shift, mask, what it is relative to)
+
+    # -- encoding --
+
+    def word(self, word):
+        self.code += pack_u32(word)
+
+    def three(self, opcode, d, a, b):
+        """Rd, Rn and Rm"""
+        self.word(opcode | b << 16 | a << 5 | d)
+
+    def reach(self, base, offset, size):
+        """A base and an offset of at most 12 bits that together make base + offset."""
+        if offset % size == 0 and offset < 4096 * size:
+            return base, offset
+        if offset >= 1 << 24 or offset % size:
+            raise Unsupported("a frame of %d bytes" % offset)
+        self.word(0x91400000 | offset >> 12 << 10 | base << 5 | self.LINK)
+        return self.LINK, offset & 0xFFF
+
+    # -- labels and jumps --
+
+    def label(self):
+        self.labels.append(None)
+        return len(self.labels) - 1
+
+    def bind(self, label):
+        self.labels[label] = len(self.code)
+
+    def refer(self, word, label, shift, bits):
+        position = len(self.code)
+        self.fixups.append((position, label, shift, bits, position))
+        self.word(word)
+
+    def jump(self, label):
+        self.refer(0x14000000, label, 0, 26)
+
+    def jump_if(self, condition, label):
+        self.refer(0x54000000 | condition, label, 5, 19)
+
+    def call_label(self, label):
+        self.refer(0x94000000, label, 0, 26)
+
+    def jump_table(self, index, labels):
+        """Jumps to labels[index]; `index` is a scratch register."""
+        self.word(0x10000000 | 4 << 5 | self.LINK)                              # adr: the table, 16 bytes on
+        self.word(0xB8A07800 | index << 16 | self.LINK << 5 | index)            # ldrsw
+        self.alu("add", 1, self.LINK, self.LINK, index)
+        self.word(0xD61F0000 | self.LINK << 5)
+        base = len(self.code)
+        for label in labels:
+            self.fixups.append((len(self.code), label, 0, 32, base))
+            self.word(0)
+
+    def call_context(self, offset, index=None):
+        """Calls the address that the context holds at offset + 8 * index."""
+        self.load_pointer(offset, index)
+        self.word(0xD63F0000 | 17 << 5)
+
+    def jump_context(self, offset, index=None):
+        """As call_context(), with the link register as it is."""
+        self.load_pointer(offset, index, 15)
+        self.word(0xD61F0000 | 17 << 5)
+
+    def load_pointer(self, offset, index, scratch=LINK):
+        """Register 17 := what the context holds at offset + 8 * index."""
+        base = self.CONTEXT
+        if offset >> 12:
+            self.word(0x91400000 | offset >> 12 << 10 | base << 5 | scratch)
+            base, offset = scratch, offset & 0xFFF
+        if index is not None:
+            self.word(0x8B000C00 | index << 16 | base << 5 | 17)                # add x17, base, index, lsl 3
+            base = 17
+        self.word(0xF9400000 | offset >> 3 << 10 | base << 5 | 17)
+
+    def finish(self):
+        """Mends the references to labels; conditional ones reach a megabyte."""
+        for position, label, shift, bits, base in self.fixups:
+            distance = self.labels[label] - base
+            if bits == 32:
+                self.code[position:position + 4] = pack_i32(distance)
+                continue
+            distance >>= 2
+            if not -1 << bits - 1 <= distance < 1 << bits - 1:
+                raise Unsupported("a function of %d bytes" % len(self.code))
+            word = unpack_u32(self.code[position:position + 4])[0] | (distance & (1 << bits) - 1) << shift
+            self.code[position:position + 4] = pack_u32(word)
+
+    # -- frames --
+
+    def enter(self, bytes, limit, overflow):
+        self.load(17, self.CONTEXT, limit)
+        if bytes < 4096:                # which the limit leaves room for
+            self.word(0xEB3163FF)                                               # cmp sp, x17
+        else:
+            self.stack(0xD1000000, bytes, 15)
+            self.compare(1, 15, 17)
+        self.jump_if(3, overflow)
+        self.stack(0xD1000000, bytes, self.FRAME)
+        base, offset = (self.FRAME, bytes - 8) if bytes <= 32768 else (15, 0)
+        if base == 15:
+            self.stack(0x91000000, bytes - 8, 15)
+        self.word(0xF9000000 | offset >> 3 << 10 | base << 5 | self.LINK)
+
+    def stack(self, opcode, bytes, d):
+        """d := the stack pointer ± bytes"""
+        source = self.FRAME
+        if bytes >> 12:
+            self.word(opcode | 1 << 22 | (bytes >> 12) << 10 | source << 5 | d)
+            source = d
+        if bytes & 0xFFF or source != d:
+            self.word(opcode | (bytes & 0xFFF) << 10 | source << 5 | d)
+
+    def leave(self, bytes):
+        self.load(self.LINK, self.FRAME, bytes - 8)
+        self.stack(0x91000000, bytes, self.FRAME)
+
+    def return_(self):
+        self.word(0xD65F03C0)
+
+    # -- moves --
+
+    def move(self, d, a):
+        if d != a:
+            self.word(0xAA0003E0 | a << 16 | d)
+
+    def immediate(self, d, value):
+        """d := 64 bits; leaves the flags alone."""
+        pieces = [(value >> shift & 0xFFFF, shift // 16) for shift in (0, 16, 32, 48)]
+        ones = sum(piece == 0xFFFF for piece, _ in pieces)
+        inverted = ones > 1 and ones > sum(piece == 0 for piece, _ in pieces)
+        rest = [(piece, place) for piece, place in pieces if piece != (0xFFFF if inverted else 0)] or [(0xFFFF if inverted else 0, 0)]
+        piece, place = rest[0]
+        self.word(0x92800000 | place << 21 | (piece ^ 0xFFFF) << 5 | d if inverted else 0xD2800000 | place << 21 | piece << 5 | d)
+        for piece, place in rest[1:]:
+            self.word(0xF2800000 | place << 21 | piece << 5 | d)
+
+    def load(self, d, base, offset):
+        base, offset = self.reach(base, offset, 8)
+        self.word(0xF9400000 | offset >> 3 << 10 | base << 5 | d)
+
+    def store(self, a, base, offset):
+        base, offset = self.reach(base, offset, 8)
+        self.word(0xF9000000 | offset >> 3 << 10 | base << 5 | a)
+
+    def load_indexed(self, d, base, index):
+        """d := [base + 8 * index]"""
+        self.three(0xF8607800, d, base, index)
+
+    def store_immediate(self, value, base, offset):
+        register = self.ZERO
+        if value:
+            register = 16
+            self.immediate(16, value)
+        self.store(register, base, offset)
+
+    def float_move(self, d, a):
+        if d != a:
+            self.three(0x4EA01C00, d, a, a)
+
+    def float_zero(self, d):
+        self.word(0x6F00E400 | d)                                               # movi d.2d, 0
+
+    def float_constant(self, d, label, bytes):
+        """Loads 4, 8 or 16 bytes from the code."""
+        self.refer({4: 0x1C000000, 8: 0x5C000000, 16: 0x9C000000}[bytes] | d, label, 5, 19)
+
+    def float_load(self, d, base, offset):
+        base, offset = self.reach(base, offset, 8)
+        self.word(0xFD400000 | offset >> 3 << 10 | base << 5 | d)
+
+    def float_store(self, a, base, offset):
+        base, offset = self.reach(base, offset, 8)
+        self.word(0xFD000000 | offset >> 3 << 10 | base << 5 | a)
+
+    def vector_load(self, d, base, offset):
+        base, offset = self.reach(base, offset, 16)
+        self.word(0x3DC00000 | offset >> 4 << 10 | base << 5 | d)
+
+    def vector_store(self, a, base, offset):
+        base, offset = self.reach(base, offset, 16)
+        self.word(0x3D800000 | offset >> 4 << 10 | base << 5 | a)
+
+    # -- integers --
+
+    def alu(self, op, wide, d, a, b):
+        self.three(self.ALU[op] | wide << 31, d, a, b)
+
+    def alu_immediate(self, op, wide, d, a, value):
+        """The operation with a constant, an unsigned one; always possible."""
+        if op in ("add", "sub"):
+            value = signed(value, 64 if wide else 32)
+            if value < 0:
+                op, value = "sub" if op == "add" else "add", -value
+            opcode = (0x11000000 if op == "add" else 0x51000000) | wide << 31 | a << 5 | d
+            if value < 1 << 12:
+                self.word(opcode | value << 10)
+                return True
+            if value < 1 << 24 and not value & 0xFFF:
+                self.word(opcode | 1 << 22 | value >> 12 << 10)
+                return True
+        else:
+            field = logical_immediate(value, 64 if wide else 32)
+            if field is not None:
+                self.word(self.LOGICAL[op] | wide << 31 | field << 10 | a << 5 | d)
+                return True
+        self.immediate(self.LINK, value & MAX_U64)
+        self.alu(op, wide, d, a, self.LINK)
+        return True
+
+    def multiply(self, wide, d, a, b):
+        self.three(0x1B007C00 | wide << 31, d, a, b)
+
+    def multiply_immediate(self, wide, d, a, value):
+        self.immediate(self.LINK, value)
+        self.multiply(wide, d, a, self.LINK)
+        return True
+
+    def shift(self, op, wide, d, a, b):
+        if op == "rotl":
+            self.alu("sub", 0, self.LINK, self.ZERO, b)
+            op, b = "rotr", self.LINK
+        self.three(self.SHIFTS[op] | wide << 31, d, a, b)
+
+    def shift_immediate(self, op, wide, d, a, count):
+        bits = 64 if wide else 32
+        if op in ("rotl", "rotr"):
+            count = -count % bits if op == "rotl" else count
+            return self.word(0x13800000 | wide << 31 | wide << 22 | a << 16 | count << 10 | a << 5 | d)
+        opcode = (0x13000000 if op == "shr_s" else 0x53000000) | wide << 31 | wide << 22 | a << 5 | d
+        if op == "shl":
+            self.word(opcode | (-count % bits) << 16 | bits - 1 - count << 10)
+        else:
+            self.word(opcode | count << 16 | bits - 1 << 10)
+
+    def divide(self, op, wide, d, a, b, trap, zero, minus_one):
+        """`trap(condition, text)`; `zero` and `minus_one` tell whether b may be that."""
+        if zero:
+            self.compare_immediate(wide, b, 0)
+            trap(0, "integer divide by zero")
+        if op == "div_s" and minus_one:
+            fine = self.label()
+            self.compare_immediate(wide, b, MAX_U64 if wide else MAX_U32)
+            self.jump_if(1, fine)
+            self.compare_immediate(wide, a, 1 << (63 if wide else 31))
+            trap(0, "integer overflow")
+            self.bind(fine)
+        opcode = (0x1AC00C00 if op[-1] == "s" else 0x1AC00800) | wide << 31
+        if op[:3] == "div":
+            return self.three(opcode, d, a, b)
+        self.three(opcode, self.LINK, a, b)
+        self.word(0x1B008000 | wide << 31 | b << 16 | a << 10 | self.LINK << 5 | d)     # msub
+
+    def clz(self, wide, d, a):
+        self.word(0x5AC01000 | wide << 31 | a << 5 | d)
+
+    def ctz(self, wide, d, a):
+        self.word(0x5AC00000 | wide << 31 | a << 5 | d)                         # rbit
+        self.clz(wide, d, d)
+
+    def popcnt(self, wide, d, a):
+        self.from_bits(wide, 2, a)
+        self.word(0x0E205800 | 2 << 5 | 2)                                      # cnt v2.8b
+        self.word(0x0E31B800 | 2 << 5 | 2)                                      # addv b2
+        self.to_bits(0, d, 2)
+
+    def extend(self, bits, wide, d, a):
+        """Sign-extends the low `bits`."""
+        self.word(0x13000000 | wide << 31 | wide << 22 | bits - 1 << 10 | a << 5 | d)
+
+    def wrap(self, d, a):
+        """d := the low 32 bits of a"""
+        self.word(0x2A0003E0 | a << 16 | d)
+
+    # -- comparisons --
+
+    def compare(self, wide, a, b):
+        self.three(0x6B000000 | wide << 31, self.ZERO, a, b)
+
+    def compare_immediate(self, wide, a, value):
+        number = signed(value, 64 if wide else 32)
+        if 0 <= number < 4096:
+            self.word(0x71000000 | wide << 31 | number << 10 | a << 5 | self.ZERO)
+        elif -4096 < number < 0:
+            self.word(0x31000000 | wide << 31 | -number << 10 | a << 5 | self.ZERO)
+        else:
+            self.immediate(self.LINK, value)
+            self.compare(wide, a, self.LINK)
+        return True
+
+    def float_compare(self, wide, a, b):
+        self.word(0x1E202000 | wide << 22 | b << 16 | a << 5)
+
+    def set_if(self, condition, d):
+        self.word(0x1A9F07E0 | (condition ^ 1) << 12 | d)
+
+    def select(self, condition, d, a, b):
+        """d := a if the condition holds, else b"""
+        self.word(0x9A800000 | b << 16 | condition << 12 | a << 5 | d)
+
+    def float_select(self, condition, d, a, b):
+        done = self.label()
+        if d == b:
+            a, b, condition = b, a, condition ^ 1
+        self.float_move(d, a)
+        self.jump_if(condition, done)
+        self.float_move(d, b)
+        self.bind(done)
+
+    # -- memory --
+
+    def check_bounds(self, address, offset, width, bytes, limits):
+        """Leaves the address to access in register 15, and returns the condition of its being
+        outside. The context has at `limits` the least address outside for each width."""
+        if offset:
+            self.alu_immediate("add", 1, 15, address, offset)
+        else:
+            self.move(15, address)
+        self.load(self.LINK, self.CONTEXT, limits + 8 * width)
+        self.compare(1, 15, self.LINK)
+        return 2
+
+    def access(self, name, register, address, offset):
+        """A load or a store at what check_bounds() left; without an address register at the offset."""
+        if address is None:
+            self.immediate(15, offset)
+        self.three(self.ACCESSES[name], register, self.MEMORY, 15)
+
+    def store_constant(self, name, value, address, offset):
+        if value:
+            return False
+        self.access(name, self.ZERO, address, offset)
+        return True
+
+    # -- floats --
+
+    def float_alu(self, op, wide, d, a, b):
+        self.three(self.FLOAT_ALU[op] | wide << 22, d, a, b)
+
+    def sqrt(self, wide, d, a):
+        self.word(0x1E21C000 | wide << 22 | a << 5 | d)
+
+    def round(self, op, wide, d, a):
+        self.word(self.ROUNDING[op] | wide << 22 | a << 5 | d)
+
+    def minimum(self, op, wide, d, a, b):
+        self.three((0x1E205800 if op == "min" else 0x1E204800) | wide << 22, d, a, b)
+
+    def sign(self, op, wide, d, a, b=None):
+        if op != "copysign":
+            return self.word((0x1E20C000 if op == "abs" else 0x1E214000) | wide << 22 | a << 5 | d)
+        self.to_bits(wide, 16, a)
+        self.to_bits(wide, 17, b)
+        self.word((0xB340F800 if wide else 0x33007800) | 16 << 5 | 17)          # bfm: all but the sign
+        self.from_bits(wide, d, 17)
+
+    def to_bits(self, wide, d, a):
+        self.word((0x9E660000 if wide else 0x1E260000) | a << 5 | d)
+
+    def from_bits(self, wide, d, a):
+        self.word((0x9E670000 if wide else 0x1E270000) | a << 5 | d)
+
+    def promote(self, d, a):
+        self.word(0x1E22C000 | a << 5 | d)
+
+    def demote(self, d, a):
+        self.word(0x1E624000 | a << 5 | d)
+
+    def from_integer(self, wide, d, a, source_wide, is_signed):
+        self.word((0x1E220000 if is_signed else 0x1E230000) | source_wide << 31 | wide << 22 | a << 5 | d)
+
+    def to_integer(self, wide, d, a, source_wide, is_signed, failed):
+        """Truncates what fits; whatever else jumps to `failed`: NaN, out of range (which the
+        processor saturates), and a few that fit."""
+        self.word((0x1E380000 if is_signed else 0x1E390000) | wide << 31 | source_wide << 22 | a << 5 | d)
+        self.round("trunc", source_wide, 2, a)
+        self.from_integer(source_wide, 1, d, wide, is_signed)
+        self.float_compare(source_wide, 2, 1)
+        self.jump_if(1, failed)
+        self.word(0x31000400 | wide << 31 | d << 5 | self.ZERO)                 # cmn d, 1: the greatest integer
+        self.jump_if(6 if is_signed else 0, failed)
+
+    # -- vectors --
+
+    def vector_binary(self, d, a, b, opcode):
+        self.three(opcode, d, a, b)
+
+    def vector_swapped(self, d, a, b, opcode):
+        self.three(opcode, d, b, a)
+
+    def vector_negated(self, d, a, b, opcode):
+        self.three(opcode, d, a, b)
+        self.vector_unary(d, d, 0x6E205800)
+
+    def vector_unary(self, d, a, opcode):
+        self.word(opcode | a << 5 | d)
+
+    def vector_shift(self, d, a, count, op, size):
+        """sshl and ushl shift right by a negative count."""
+        self.alu_immediate("and", 0, 17, count, (8 << size) - 1)
+        if op != "shl":
+            self.alu("sub", 1, 17, self.ZERO, 17)
+        self.vector_splat(2, 17, size, False)
+        self.three((0x4E204400 if op == "shr_s" else 0x6E204400) | size << 22, d, a, 2)
+
+    def vector_shift_immediate(self, d, a, count, op, size):
+        self.immediate(17, count & (8 << size) - 1)
+        self.vector_shift(d, a, 17, op, size)
+
+    def vector_splat(self, d, a, size, is_float):
+        self.word((0x4E000400 if is_float else 0x4E000C00) | 1 << size + 16 | a << 5 | d)
+
+    def vector_select(self, d, a, b, mask):
+        self.float_move(2, mask)
+        self.three(0x6E601C00, 2, a, b)                                         # bsl
+        self.float_move(d, 2)
+
+    def vector_swizzle(self, d, a, b, constant):
+        self.three(0x4E000000, d, a, b)                                         # tbl
+
+    def vector_shuffle(self, d, a, b, indices, constant):
+        self.float_constant(2, constant(bytes(i if i < 16 else 0x80 for i in indices)), 16)
+        self.three(0x4E000000, 0, a, 2)
+        self.float_constant(2, constant(bytes(i - 16 if i >= 16 else 0x80 for i in indices)), 16)
+        self.three(0x4E000000, 2, b, 2)
+        self.three(0x4EA01C00, d, 0, 2)
+
+    # -- the seam: functions of the C ABI, and what they call --
+
+    def entry_stub(self, host_stack, memory_base, results):
+        """As X64's; the status is expected in register 16."""
+        self.word(0xD1000000 | 176 << 10 | 31 << 5 | 31)                        # sub sp, sp, 176
+        pairs = [(29, 30), (19, 20), (21, 22), (23, 24), (25, 26), (27, 28)]
+        for index, (first, second) in enumerate(pairs):
+            self.word(0xA9000000 | 2 * index << 15 | second << 10 | 31 << 5 | first)
+        for index in range(4):
+            self.word(0x6D000000 | (12 + 2 * index) << 15 | 9 + 2 * index << 10 | 31 << 5 | 8 + 2 * index)
+        self.load(9, 0, host_stack)                                             # of an entry further out
+        self.store(9, 31, 160)
+        self.word(0x910003E9)                                                   # mov x9, sp
+        self.store(9, 0, host_stack)
+        self.move(self.CONTEXT, 0)
+        self.load(self.MEMORY, self.CONTEXT, memory_base)
+        self.word(0x9100005F)                                                   # mov sp, x2
+        self.word(0xD63F0000 | 1 << 5)
+        self.store(0, self.CONTEXT, results)
+        self.vector_store(0, self.CONTEXT, results + 8)
+        self.immediate(16, 0)
+        exit = len(self.code)
+        self.move(0, 16)
+        self.load(9, self.CONTEXT, host_stack)
+        self.word(0x9100013F)                                                   # mov sp, x9
+        self.load(9, 31, 160)
+        self.store(9, self.CONTEXT, host_stack)
+        for index, (first, second) in enumerate(pairs):
+            self.word(0xA9400000 | 2 * index << 15 | second << 10 | 31 << 5 | first)
+        for index in range(4):
+            self.word(0x6D400000 | (12 + 2 * index) << 15 | 9 + 2 * index << 10 | 31 << 5 | 8 + 2 * index)
+        self.word(0x91000000 | 176 << 10 | 31 << 5 | 31)
+        self.word(0xD65F03C0)
+        return exit
+
+    def trap_stub(self, trap_stack, exit):
+        """Notes the return address, below the frame, and leaves."""
+        self.word(0xD10043FF)                                                   # sub sp, sp, 16
+        self.store(self.LINK, 31, 8)
+        self.word(0x910023F1)                                                   # add x17, sp, 8
+        self.store(17, self.CONTEXT, trap_stack)
+        self.word(0x14000000 | (exit - len(self.code) >> 2) & 0x3FFFFFF)
+
+    def helper_stub(self, host_stack, callback, trap, pending):
+        """As X64's."""
+        self.word(0xD10043FF)                                                   # sub sp, sp, 16
+        self.store(self.LINK, 31, 8)
+        self.move(0, 16)
+        self.word(0x910023E1)                                                   # add x1, sp, 8
+        self.word(0x910003EF)                                                   # mov x15, sp
+        self.load(17, self.CONTEXT, host_stack)
+        self.word(0x9100023F)                                                   # mov sp, x17
+        self.word(0xF81F0FEF)                                                   # str x15, [sp, -16]!
+        self.load(17, self.CONTEXT, callback)
+        self.word(0xD63F0000 | 17 << 5)
+        self.load(15, 31, 0)
+        self.word(0x910001FF)                                                   # mov sp, x15
+        self.load(self.LINK, 31, 8)
+        self.word(0x910043FF)                                                   # add sp, sp, 16
+        failed = self.label()
+        self.compare_status()
+        self.jump_if(1, failed)
+        self.load(0, 31, 0)
+        self.vector_load(0, 31, 0)
+        self.word(0xD65F03C0)
+        self.bind(failed)
+        self.immediate(16, pending)
+        self.load(17, self.CONTEXT, trap)
+        self.word(0xD61F0000 | 17 << 5)
+
+    def compare_status(self):
+        self.word(0x7100001F)                                                   # cmp w0, 0
+
+    def flush_stub(self):
+        """void flush(start, end): makes instruction fetches see what was written. The page of this
+        stub itself needs none: the kernel does it when a page becomes executable. The cache
+        lines are found by their executable address; a line has at least 16 bytes."""
+        for operation in (0xD50B7B22, 0xD50B7522):                              # dc cvau, x2; ic ivau, x2
+            self.move(2, 0)
+            start = len(self.code)
+            self.word(operation)
+            self.alu_immediate("add", 1, 2, 2, 16)
+            self.compare(1, 2, 1)
+            self.word(0x54000003 | ((start - len(self.code)) >> 2 & 0x7FFFF) << 5)     # b.lo
+            self.word(0xD5033B9F)                                               # dsb ish
+        self.word(0xD5033FDF)                                                   # isb
+        self.word(0xD65F03C0)
+
+
+def logical_immediate(value, bits):
+    """The fields N, immr and imms of a bitmask immediate, or None: a value that repeats
+    a rotated run of ones."""
+    if value in (0, (1 << bits) - 1):
+        return None
+    for size in (2, 4, 8, 16, 32, 64):
+        ones_mask = (1 << size) - 1
+        element = value & ones_mask
+        if size > bits or any(value >> shift & ones_mask != element for shift in range(0, bits, size)):
+            continue
+        for rotation in range(size):
+            run = (element << rotation | element >> size - rotation) & ones_mask
+            if not run & run + 1:
+                return (size == 64) << 12 | rotation << 6 | (-size << 1 & 0x3F if size < 64 else 0) | run.bit_length() - 1
+    return None
+
+
+# === 14. Native tier ==========================================================
+#
+# A compiler from chapter 11's basic blocks to machine code, for functions that are
+# hot. Nothing here is needed to run a program: what this chapter cannot compile, or
+# where there is no processor or no permission for it, stays in the interpreter.
+#
+# Tier-up. The translator puts steps of do_count at the start of a function and at the
+# head of each loop. When a function has executed about as much as compiling it costs,
+# it is compiled whole: its entry block becomes one step that enters native code, and so
+# does each loop's head, at which frames that are active go on natively (on-stack
+# replacement: the frame's slots are copied, and the rest of the function is a return).
+#
+# Values. A slot of the frame, as an integer or as a float, is a variable. Variables get
+# registers by the weight of their uses, eight times as much for each loop around them;
+# two that are never alive in the same block may share one. The others live in their
+# homes, 8 bytes each on the guest's stack:
+#
+#     higher   arguments of the call, then results beyond the first     (the caller's)
+#              return address
+#              callee-saved registers, homes of the variables
+#     lower    arguments of calls made here                             <- stack pointer
+#
+# Calls. Arguments go by the stack, a result comes in a register. A caller keeps what
+# it has in caller-saved registers in its homes, and the liveness of blocks tells what
+# that is. Functions are called by index through the context, a table of pointers in which
+# what is not compiled is a stub that calls back into Python, host functions included.
+# What is rare (growing a memory, tables, conversions that fail) calls back too, into
+# the interpreter's own handler: texts of traps and odd cases exist once.
+#
+# Traps. Every access to memory is compared with the memory's size first. A trap's
+# return address identifies the instruction, so the stack that is left behind has the
+# whole backtrace. The guest has a stack of its own, and a function that would cross its
+# end traps; code of Python always runs on the stack of the C library.
+#
+# Code lies in a memfd that is mapped twice, to be written and to be executed.
+
+SIGXFSZ = 25
+NATIVE_STACK_BYTES = 1 << 24
+NATIVE_STACK_MARGIN = 1 << 16       # for signal frames, and for frames that are not checked
+NATIVE_CODE_BYTES = 1 << 26
+TAIL_CALL_BYTES = 64                # arguments that any function has room for
+COMPILE_COST = 16                   # bytes to execute for each byte to compile …
+COMPILE_START = 4000                # … and once
+FIRST_COMPILE = 200000              # the tier itself takes some milliseconds to set up
+
+# Offsets in a context. Tables follow (base, length each), globals, pointers to functions.
+(MEMORY_BYTES, MEMORY_BASE, STACK_LIMIT, HOST_STACK, TRAP_STACK, RESULTS, FLOAT_RESULTS, _, HELPER, TRAP, CALLBACK,
+ SIGNALS, MEMORY_LIMITS) = range(0, 104, 8)
+CONTEXT_TABLES = MEMORY_LIMITS + 8 * SMALL_ENDS
+SITES = 1 << 24                     # numbers of helper calls that are no function's index
+TRAP_TEXTS = ("", "unreachable", "integer divide by zero", "integer overflow", "out of bounds memory access",
+              "call stack exhausted", "")
+STACK_EXHAUSTED, PENDING = 5, 6
+
+
+class Unsupported(Exception):
+    """This function stays in the interpreter."""
+
+
+def is_float(type):
+    """Whether a value of this type has a register for floats and vectors."""
+    return type in KINDS
+
+
+KINDS = {F32: 1, F64: 1, V128: 2}   # of registers; integers and references: 0
+
+
+def variable(slot, type):
+    """The number of a slot as a variable: four times the slot, and the kind."""
+    return slot << 2 | KINDS.get(type, 0)
+
+
+def bits_of(mask):
+    """The numbers of the bits that are set."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def raw(type, value):
+    """A number of the interpreter as the 64 bits that native code has."""
+    if type == F64:
+        return f64_bits(value)
+    return f32_bits(value) if type == F32 else int(value)
+
+
+def packed_value(type, value):
+    """A number or vector as 4, 8 or 16 bytes."""
+    return value if type == V128 else raw(type, value).to_bytes(4 if type in (I32, F32) else 8, "little")
+
+
+def cooked(type, bits):
+    """The converse of raw()."""
+    if type == F64:
+        return f64_from_bits(bits)
+    return f32_from_bits(bits & MAX_U32) if type == F32 else bits
+
+
+# What a step reads, as [(slot, type)], and writes, as (slot, type) or None; by its handler.
+# Steps of regular instructions say it by their row of the table.
+EFFECTS = {
+    do_count: lambda d, a, b: ((), None),
+    do_unreachable: lambda d, a, b: ((), None),
+    do_move: lambda d, a, b: (((a, b),), (d, b)),
+    do_select: lambda d, a, b: (((a, b[2]), (b[0], b[2]), (b[1], I32)), (d, b[2])),
+    do_shuffle: lambda d, a, b: (((a, V128), (b[0], V128)), (d, V128)),
+    do_global_get: lambda d, a, b: ((), (d, a.type.value)),
+    do_global_set: lambda d, a, b: (((b, a.type.value),), None),
+    do_ref_is_null: lambda d, a, b: (((a, FUNCREF),), (d, I32)),
+    do_ref_func: lambda d, a, b: ((), (d, FUNCREF)),
+    do_table_callee: lambda d, a, b: (((b, a[0].address),), (d, CALLEE)),
+    do_table_get: lambda d, a, b: (((b, a.address),), (d, a.element)),
+    do_table_set: lambda d, a, b: (((b[0], a.address), (b[1], a.element)), None),
+    do_table_size: lambda d, a, b: ((), (d, a.address)),
+    do_table_grow: lambda d, a, b: (((b[0], a.element), (b[1], a.address)), (d, a.address)),
+    do_table_fill: lambda d, a, b: (((b[0], a.address), (b[1], a.element), (b[2], a.address)), None),
+    do_table_copy: lambda d, a, b: (three(b, a[0].address, a[1].address), None),
+    do_table_init: lambda d, a, b: (three(b, a[0].address, I32), None),
+    do_drop_segment: lambda d, a, b: ((), None),
+    do_memory_size: lambda d, a, b: ((), (d, a.address)),
+    do_memory_grow: lambda d, a, b: (((b, a.address),), (d, a.address)),
+    do_memory_fill: lambda d, a, b: (((b[0], a.address), (b[1], I32), (b[2], a.address)), None),
+    do_memory_copy: lambda d, a, b: (three(b, a[0].address, a[1].address), None),
+    do_memory_init: lambda d, a, b: (three(b, a[0].address, I32), None),
+}
+CALLEE = (FUNC, None)               # the type of what do_table_callee finds
+
+
+def three(slots, to, source):
+    """The operands of a copy."""
+    return (slots[0], to), (slots[1], source), (slots[2], smaller(to, source))
+
+
+class Compiler:
+    """Compiles one function: `compile()` appends to its assembler."""
+
+    def __init__(self, context, function, local_types):
+        self.context, self.function = context, function
+        self.asm = asm = context.machine.assembler()
+        self.type = function.type
+        self.memory = next(iter(function.instance.memories), None)
+        self.constants = function.template[::-1]    # of slot -1 - index
+        self.arity = len(self.type.params)
+        self.local_types = local_types
+        self.sites = bytearray()        # pairs (return address in the code, offset in the body), packed
+        self.trap_labels = {}           # text -> label of what traps with it
+        self.traps = []                 # (label, text, at): one place for each access, behind the code
+        self.cold = []                  # (label, continue label, step, reads, write, live) …
+        self.loops = {}                 # id of a loop's head -> (head, offset in the code, [(slot, type, home)])
+        self.scratch = asm.SCRATCH
+        self.pending = None             # the condition of a comparison that is in the flags
+        self.pool = {}                  # bytes -> label of a constant behind the code
+
+    # -- blocks: order, loops, effects, liveness --
+
+    def compile(self):
+        """Returns the code's bytes, which may be placed anywhere."""
+        self.order_blocks()
+        self.find_effects()
+        self.find_liveness()
+        self.allocate()
+        self.emit()
+        return self.asm.code
+
+    def order_blocks(self):
+        """Reverse postorder; what a branch falls through to comes last of its successors, and
+        so first after it. Empty blocks that only go on are passed over."""
+        entry = self.function.entry
+        self.blocks, self.successors = [], []
+        numbers, order, stack = {}, [], [(entry, iter(self.targets(entry)))]
+        numbers[id(entry)] = 0
+        while stack:
+            block, rest = stack[-1]
+            for target in rest:
+                if id(target) not in numbers:
+                    numbers[id(target)] = 0
+                    stack.append((target, iter(self.targets(target))))
+                    break
+            else:
+                order.append(block)
+                stack.pop()
+        order.reverse()
+        self.blocks = order
+        self.number = {id(block): index for index, block in enumerate(order)}
+        self.successors = [[self.number[id(t)] for t in self.targets(block)] for block in order]
+        ends = {}                       # loop's head -> its last block
+        for index, successors in enumerate(self.successors):
+            for target in successors:
+                if target <= index:
+                    ends[target] = index
+        depth = [0] * (len(order) + 1)
+        for head, last in ends.items():
+            depth[head] += 1
+            depth[last + 1] -= 1
+        total, self.weights = 0, []
+        for change in depth[:-1]:
+            total += change
+            self.weights.append(8 ** min(total, 7))
+
+    @staticmethod
+    def targets(block):
+        """The blocks that a block leads to, the one to follow it last."""
+        _, kind, x, y, z = block
+        if kind == BR:
+            return (x,)
+        if kind == BR_IF:
+            return x, z
+        if kind in (CALL, CALL_REF):
+            if z[2]:
+                raise Unsupported("handlers")
+            return (z[0],)
+        if kind == BR_TABLE:
+            return tuple({id(b): b for b in x}.values())[::-1]
+        if kind in (RETURN, TAIL_CALL):
+            return ()
+        raise Unsupported("exceptions")
+
+    def find_effects(self):
+        """What the steps of each block are to be compiled by; which variables a block uses and
+        defines, as bit masks; and how heavy each variable's uses and definitions are."""
+        function, memory, kinds = self.function, self.memory, KINDS
+        count = 4 * (len(function.type.params) + len(function.template))
+        self.weight, self.defined = weight, defined = [0] * count, [0] * count
+        self.steps, self.ends, self.uses, self.defines = [], [], [], []
+        self.calls, self.interruptions = [0], [0]       # sums of the weights of calls at blocks' ends, and within blocks
+        self.out_bytes = 16                             # for the arguments and results of calls
+        for index, block in enumerate(self.blocks):
+            unit, use, define, interruptions, steps = self.weights[index], 0, 0, 0, []
+            for step in block[0]:
+                handler, d, a, b, _ = step
+                effects = EFFECTS.get(handler)
+                if effects is not None:
+                    reads, write = effects(d, a, b)
+                    emitter = STEP_EMITTERS.get(handler, Compiler.rare)
+                else:
+                    emitter, reads, write = self.regular_effects(handler, d, a, b)
+                for slot, type in reads:
+                    if slot >= 0:
+                        key = slot << 2 | kinds.get(type, 0)
+                        weight[key] += unit
+                        if not define >> key & 1:
+                            use |= 1 << key
+                if write:
+                    key = write[0] << 2 | kinds.get(write[1], 0)
+                    weight[key] += unit
+                    defined[key] += unit
+                    define |= 1 << key
+                if emitter is Compiler.rare:
+                    interruptions += unit
+                steps.append((emitter, step, reads, write))
+            reads, writes = self.end_effects(block, steps)
+            for slot, type in reads:
+                if slot >= 0:
+                    key = slot << 2 | kinds.get(type, 0)
+                    weight[key] += unit
+                    if not define >> key & 1:
+                        use |= 1 << key
+            written = 0
+            for slot, type in writes:
+                key = slot << 2 | kinds.get(type, 0)
+                weight[key] += unit
+                defined[key] += unit
+                written |= 1 << key
+            self.steps.append(steps)
+            self.ends.append(written)
+            self.uses.append(use)
+            self.defines.append(define)
+            self.calls.append(self.calls[-1] + (unit if block[1] in (CALL, CALL_REF) else 0))
+            self.interruptions.append(self.interruptions[-1] + interruptions)
+
+    def regular_effects(self, handler, d, a, b):
+        """(emitter, reads, write) of a step whose handler comes from a row of the table."""
+        op = getattr(handler, "op", None)
+        emitter = op and EMITTERS.get(op.name)
+        if emitter is None:
+            if not op or not op.opcode >> 8 == 0xFD:
+                raise Unsupported(op.name if op else handler.__name__)
+            emitter = Compiler.vector if op.name in self.asm.VECTORS else Compiler.rare
+        params, shape = op.params, op.shape
+        if shape == IRREGULAR:
+            return self.irregular_effects(emitter, op, handler, d, a, b)
+        if shape == BINARY:
+            return emitter, ((a, params[0]), (b, params[1])), (d, op.results[0])
+        if shape == UNARY:
+            return emitter, ((a, params[0]),), (d, op.results[0])
+        if handler.memory is not self.memory or self.memory.address != I32:
+            raise Unsupported("another memory")
+        if shape == LOAD:
+            return emitter, ((a, I32),), (d, op.results[0])
+        return emitter, ((a, I32), (b, params[1])), None
+
+    def irregular_effects(self, emitter, op, handler, d, a, b):
+        """The same of what has three operands, or a lane."""
+        params, write = op.params, (d, op.results[0]) if op.results else None
+        if "memarg" in op.immediates:
+            if handler.memory is not self.memory or self.memory.address != I32:
+                raise Unsupported("another memory")
+            return emitter, ((a, I32), (b[1], params[1])), write
+        if "lane" not in op.immediates:
+            return emitter, tuple(zip((a, *b), params)), write
+        return emitter, tuple(zip((a, b[0]) if len(params) == 2 else (a,), params)), write
+
+    def end_effects(self, block, steps):
+        """([(slot, type)] read, [(slot, type)] written) by a block's end."""
+        _, kind, x, y, z = block
+        if kind in (BR_IF, BR_TABLE):
+            return ((y, I32),), ()
+        if kind == RETURN:
+            return tuple(zip(y, self.type.results)), ()
+        if kind in (CALL, CALL_REF):
+            type = z[4]
+            reads = tuple(zip(y, type.params))
+            self.out_bytes = max(self.out_bytes, Layout(type).size, TAIL_CALL_BYTES)
+            if kind == CALL_REF:
+                reads += self.check_callee(x, steps)
+            return reads, tuple([(z[1] + index, result) for index, result in enumerate(type.results)])
+        if kind == TAIL_CALL:
+            type = z[4]
+            self.check_tail_call(type)
+            if x < 0 and id(self.constants[-1 - x]) not in self.context.indices:
+                raise Unsupported("return_call_ref")
+            return tuple(zip(y, type.params)) + (self.check_callee(x, steps) if x >= 0 else ()), ()
+        return (), ()
+
+    @staticmethod
+    def check_callee(slot, steps):
+        """The operand of a call whose callee lies in a slot: just found in a table."""
+        if not steps or steps[-1][1][0] is not do_table_callee or steps[-1][1][1] != slot:
+            raise Unsupported("call_ref")
+        return ((slot, CALLEE),)
+
+    def check_tail_call(self, type):
+        """A tail call puts its arguments where this function's are, and leaves results to it."""
+        own, other = Layout(self.type), Layout(type)
+        if other.size > max(own.size, TAIL_CALL_BYTES) or len(type.results) > 1 and own.results != other.results:
+            raise Unsupported("tail call with more arguments")
+        self.out_bytes = max(self.out_bytes, other.size)
+
+    def find_liveness(self):
+        """Which variables are alive where each block starts and ends."""
+        count, successors = len(self.blocks), self.successors
+        defines = [define | written for define, written in zip(self.defines, self.ends)]
+        self.live_in, self.live_out = live_in, live_out = list(self.uses), [0] * count
+        changed = True
+        while changed:
+            changed = False
+            for index in range(count - 1, -1, -1):
+                out = 0
+                for target in successors[index]:
+                    out |= live_in[target]
+                if out != live_out[index]:
+                    live_out[index] = out
+                    now = self.uses[index] | out & ~defines[index]
+                    if now != live_in[index]:
+                        live_in[index] = now
+                        changed = True
+        # What a call writes is there from the next block on.
+        self.touched = [i | o & ~written | d for i, o, written, d in zip(live_in, live_out, self.ends, self.defines)]
+
+    def find_intervals(self):
+        """{variable: [first block, last block where it is alive]}"""
+        intervals, seen = {}, 0
+        for index, mask in enumerate(self.touched):
+            new = mask & ~seen
+            seen |= new
+            for key in bits_of(new):
+                intervals[key] = [index, index]
+        for index in range(len(self.touched) - 1, -1, -1):
+            new = self.touched[index] & seen
+            seen ^= new
+            for key in bits_of(new):
+                intervals[key][1] = index
+        return intervals
+
+    def allocate(self):
+        """Registers for variables, the heaviest first; homes for all."""
+        asm, weight, defined = self.asm, self.weight, self.defined
+        intervals, calls, interruptions = self.find_intervals(), self.calls, self.interruptions
+        self.place = {}                 # variable -> register
+        taken = ({}, {})                # register -> the blocks where it is
+        self.volatile, self.through = 0, set()
+        for key in sorted(intervals, key=weight.__getitem__, reverse=True):
+            first, last = intervals[key]
+            crossed = calls[last] - calls[first] + interruptions[last + 1] - interruptions[first]
+            life, heavy, stores = (2 << last) - (1 << first), weight[key], min(crossed, defined[key])
+            registers = taken[key & 3 != 0]
+            saved, unsaved = (asm.FLOAT_CALLEE_SAVED, asm.FLOAT_CALLER_SAVED) if key & 3 else (
+                asm.CALLEE_SAVED, asm.CALLER_SAVED)
+            if key & 3 == 2:
+                saved = ()              # of vector registers only half is saved
+            choices = unsaved + saved if not crossed else saved + unsaved if heavy > crossed + stores else saved
+            for register in choices:
+                blocks = registers.get(register, 0)
+                if blocks & life or not blocks and heavy <= 2 and register in saved:
+                    continue            # taken, or saving it costs as much
+                registers[register] = blocks | life
+                self.place[key] = register
+                if register in unsaved:
+                    self.volatile |= 1 << key
+                    # A variable that is defined less often than calls interrupt it goes to its home
+                    # at each definition, and need not be stored at the calls.
+                    if defined[key] <= crossed:
+                        self.through.add(key)
+                break
+        self.saved = [r for r in asm.CALLEE_SAVED if r in taken[0]]
+        self.float_saved = [r for r in asm.FLOAT_CALLEE_SAVED if r in taken[1]]
+        self.assign_homes(intervals)
+
+    def assign_homes(self, variables):
+        """The frame's layout."""
+        asm, offset = self.asm, self.out_bytes
+        offsets = Layout(self.type).params
+        params = {variable(slot, type): offsets[slot] for slot, type in enumerate(self.type.params)}
+        self.homes = {}
+        for key in sorted(variables):
+            if key not in params:
+                if key & 3 == 2:
+                    offset = offset + 15 & -16
+                self.homes[key] = offset
+                offset += 16 if key & 3 == 2 else 8
+        self.saved_offset = offset
+        self.frame = (offset + 8 * (len(self.saved) + len(self.float_saved)) + asm.FRAME_EXTRA + 15) & -16
+        for key, offset in params.items():
+            self.homes[key] = self.frame + asm.RETURN_BYTES + offset
+            if not self.defined[key]:
+                self.through.add(key)
+
+    # -- operands --
+
+    def use(self, slot, scratch):
+        """The register of an integer operand, one of the scratch registers if need be."""
+        if slot < 0:
+            register = self.scratch[scratch]
+            self.asm.immediate(register, self.constant(slot))
+            return register
+        register = self.place.get(slot << 2)
+        if register is None:
+            register = self.scratch[scratch]
+            self.asm.load(register, self.asm.FRAME, self.homes[slot << 2])
+        return register
+
+    def constant(self, slot):
+        """An integer constant; a null reference is 0."""
+        value = self.constants[-1 - slot]
+        return int(value or 0)
+
+    def use_float(self, slot, type, scratch):
+        """The register of a float or vector operand."""
+        asm, register = self.asm, self.asm.FLOAT_SCRATCH[scratch]
+        if slot < 0:
+            self.load_constant(register, packed_value(type, self.constants[-1 - slot]))
+            return register
+        key = variable(slot, type)
+        place = self.place.get(key)
+        if place is not None:
+            return place
+        (asm.vector_load if type == V128 else asm.float_load)(register, asm.FRAME, self.homes[key])
+        return register
+
+    def load_constant(self, register, data):
+        """A register := 4, 8 or 16 bytes."""
+        if not any(data):
+            self.asm.float_zero(register)
+        else:
+            self.asm.float_constant(register, self.pooled(data), len(data))
+
+    def pooled(self, data):
+        """The label of a constant that will lie behind the code."""
+        label = self.pool.get(data)
+        if label is None:
+            label = self.pool[data] = self.asm.label()
+        return label
+
+    def target(self, slot):
+        """The register for an integer result, to be followed by put()."""
+        return self.place.get(slot << 2, self.scratch[0])
+
+    def put(self, slot, register):
+        """An integer result is in the register that target() gave."""
+        key = slot << 2
+        if key not in self.place or key in self.through:
+            self.asm.store(register, self.asm.FRAME, self.homes[key])
+
+    def float_target(self, slot, type):
+        return self.place.get(variable(slot, type), self.asm.FLOAT_SCRATCH[0])
+
+    def put_float(self, slot, type, register):
+        key = variable(slot, type)
+        if key not in self.place or key in self.through:
+            self.store_home(key, register)
+
+    def store_home(self, key, register):
+        asm = self.asm
+        (asm.store, asm.float_store, asm.vector_store)[key & 3](register, asm.FRAME, self.homes[key])
+
+    def spill(self, mask):
+        """Stores variables that are in registers to their homes, unless they are there."""
+        for key in bits_of(mask):
+            if key not in self.through and key in self.place:
+                self.store_home(key, self.place[key])
+
+    def reload(self, mask):
+        """Loads variables that have registers from their homes."""
+        asm = self.asm
+        loads = asm.load, asm.float_load, asm.vector_load
+        for key in bits_of(mask):
+            if key in self.place:
+                loads[key & 3](self.place[key], asm.FRAME, self.homes[key])
+
+    # -- code --
+
+    def emit(self):
+        asm = self.asm
+        self.block_labels = [asm.label() for _ in self.blocks]
+        self.exhausted = asm.label()
+        self.at = 0
+        self.prologue()
+        self.enter_arguments()
+        for index, (block, steps) in enumerate(zip(self.blocks, self.steps)):
+            asm.bind(self.block_labels[index])
+            self.index, self.pending = index, None
+            self.fusible = None
+            last = len(steps) - 1
+            for position, (emitter, step, reads, write) in enumerate(steps):
+                self.at = step[4]
+                following = steps[position + 1] if position < last else None
+                self.is_fused = write is not None and write[0] >= self.base_slot and self.feeds(write[0], following, block)
+                emitter(self, step, reads, write)
+            TERMINATORS[block[1]](self, block)
+        self.emit_cold()
+        self.emit_loop_entries()
+        self.emit_traps()
+        for data, label in self.pool.items():
+            asm.code += bytes(-len(asm.code) % 16)
+            asm.bind(label)
+            asm.code += data
+        asm.finish()
+
+    @property
+    def base_slot(self):
+        """The first slot that is not a local's: what is there is read once."""
+        return len(self.local_types)
+
+    def feeds(self, slot, following, block):
+        """Whether the condition in `slot` is read by the next step or the block's end, which
+        can take it from the flags, and by nothing else."""
+        if following is None:
+            return block[1] == BR_IF and block[3] == slot
+        handler, _, a, b, _ = following[1]
+        if handler is do_select:
+            return b[1] == slot and a != slot and b[0] != slot
+        op = getattr(handler, "op", None)
+        return op is not None and op.name == "i32.eqz" and a == slot
+
+    def prologue(self):
+        asm = self.asm
+        asm.enter(self.frame, STACK_LIMIT, self.exhausted)
+        offset = self.saved_offset
+        for register in self.saved:
+            asm.store(register, asm.FRAME, offset)
+            offset += 8
+        for register in self.float_saved:
+            asm.float_store(register, asm.FRAME, offset)
+            offset += 8
+
+    def epilogue(self):
+        asm, offset = self.asm, self.saved_offset
+        for register in self.saved:
+            asm.load(register, asm.FRAME, offset)
+            offset += 8
+        for register in self.float_saved:
+            asm.float_load(register, asm.FRAME, offset)
+            offset += 8
+        asm.leave(self.frame)           # the caller of this returns or jumps
+
+    def enter_arguments(self):
+        """Loads the parameters that have registers, and zeroes the locals that are read first."""
+        asm, alive = self.asm, self.live_in[0]
+        params = sum(1 << variable(slot, type) for slot, type in enumerate(self.type.params))
+        self.reload(alive & params)
+        for key in bits_of(alive & ~params):
+            if key & 3:
+                register = self.place.get(key, asm.FLOAT_SCRATCH[0])
+                asm.float_zero(register)
+                if key not in self.place or key in self.through:
+                    self.store_home(key, register)
+            else:
+                register = self.target(key >> 2)
+                asm.immediate(register, 0)
+                self.put(key >> 2, register)
+
+    def emit_cold(self):
+        """Calls of the interpreter's handlers where the fast way did not do."""
+        for label, back, step, reads, write, index in self.cold:
+            self.asm.bind(label)
+            self.at, self.index = step[4], index
+            self.call_handler(step, reads, write)
+            self.asm.jump(back)
+
+    def emit_loop_entries(self):
+        """The entries at loops' heads: a frame whose homes were filled from outside."""
+        for index, block in enumerate(self.blocks):
+            step = block[0][0] if block[0] else None
+            if step and step[0] is do_count and step[1]:
+                alive, (head, types) = self.live_in[index], step[1]
+                self.loops[id(head)] = head, len(self.asm.code), self.describe(alive, types)
+                self.prologue()
+                self.reload(alive)
+                self.asm.jump(self.block_labels[index])
+
+    def describe(self, alive, stack_types):
+        """[(slot, type, home relative to the frame)] of the variables that are alive."""
+        types = list(self.local_types) + list(stack_types)
+        return [(key >> 2, types[key >> 2], self.homes[key]) for key in bits_of(alive)]
+
+    def emit_traps(self):
+        asm = self.asm
+        for label, text, at in self.traps:
+            asm.bind(label)
+            target = self.trap_labels.get(text)
+            if target is None:
+                target = self.trap_labels[text] = asm.label()
+            asm.call_label(target)
+            self.note_site(at)
+        for text, label in self.trap_labels.items():
+            asm.bind(label)
+            asm.immediate(asm.SCRATCH[0], TRAP_TEXTS.index(text))
+            asm.jump_context(TRAP)
+        asm.bind(self.exhausted)
+        asm.immediate(asm.SCRATCH[0], STACK_EXHAUSTED)
+        asm.jump_context(TRAP)
+
+    def note_site(self, at):
+        """What precedes is a call, made by the instruction at this offset."""
+        self.sites += pack_site(len(self.asm.code), at)
+
+    def trap(self, condition, text):
+        """Traps if the condition holds."""
+        label = self.asm.label()
+        self.traps.append((label, text, self.at))
+        self.asm.jump_if(condition, label)
+
+    # -- steps --
+
+    def rare(self, step, reads, write):
+        self.call_handler(step, reads, write)
+
+    def call_handler(self, step, reads, write):
+        """Calls the interpreter's handler of this step with the operands from their homes."""
+        asm = self.asm
+        alive = self.touched[self.index] & self.volatile
+        operands = 0
+        for slot, type in reads:
+            if slot >= 0:
+                operands |= 1 << variable(slot, type)
+        self.spill(operands | alive)
+        places = [(slot, self.homes[variable(slot, type)], type) for slot, type in reads if slot >= 0]
+        constants = {slot: self.constants[-1 - slot] for slot, _ in reads if slot < 0}
+        result = write and (write[0], self.homes[variable(*write)], write[1])
+        asm.immediate(self.scratch[0], self.context.add_site(step, places, constants, result))
+        asm.call_context(HELPER)
+        self.note_site(self.at)
+        self.reload(alive | (1 << variable(*write) if write else 0))
+
+    def slow_path(self, step, reads, write):
+        """A label to jump to where the interpreter's handler must decide, and the one where it
+        comes back with the result."""
+        label, back = self.asm.label(), self.asm.label()
+        self.cold.append((label, back, step, reads, write, self.index))
+        return label, back
+
+    def count(self, step, reads, write):
+        """Nothing is counted any more. Where signals must be heard, a loop looks for one."""
+        if self.context.machine.signals and step[1]:
+            asm, (slow, back) = self.asm, self.slow_path((do_nothing, None, 0, 0, self.at), (), None)
+            asm.load(self.scratch[0], asm.CONTEXT, SIGNALS)
+            asm.load(self.scratch[0], self.scratch[0], 0)
+            asm.compare_immediate(1, self.scratch[0], 0)
+            asm.jump_if(asm.CONDITIONS["ne"], slow)
+            asm.bind(back)
+
+    def unreachable(self, step, reads, write):
+        asm = self.asm
+        label = asm.label()
+        self.traps.append((label, "unreachable", self.at))
+        asm.jump(label)
+
+    def move(self, step, reads, write):
+        _, d, a, type, _ = step
+        asm = self.asm
+        if is_float(type):
+            register = self.use_float(a, type, 0)
+            place = self.place.get(variable(d, type))
+            if place is not None:
+                asm.float_move(place, register)
+                register = place
+            self.put_float(d, type, register)
+        else:
+            place = self.place.get(d << 2)
+            if a < 0 and place is not None:
+                asm.immediate(place, self.constant(a))
+                register = place
+            else:
+                register = self.use(a, 0)
+                if place is not None:
+                    asm.move(place, register)
+                    register = place
+            self.put(d, register)
+
+    def select(self, step, reads, write):
+        _, d, a, (b, condition_slot, type), _ = step
+        asm = self.asm
+        if is_float(type):
+            first, second = self.use_float(a, type, 0), self.use_float(b, type, 1)
+            condition = self.condition(condition_slot)
+            register = self.float_target(d, type)
+            asm.float_select(condition, register, first, second)
+            self.put_float(d, type, register)
+        else:
+            first, second = self.use(a, 0), self.use(b, 1)
+            condition = self.condition(condition_slot)
+            register = self.target(d)
+            asm.select(condition, register, first, second)
+            self.put(d, register)
+
+    def condition(self, slot):
+        """The condition of a branch or a select: in the flags already, or an i32 to test."""
+        if self.pending is not None:
+            condition, self.pending = self.pending, None
+            return condition
+        asm = self.asm
+        register = self.use(slot, 2)
+        asm.compare_immediate(0, register, 0)
+        return asm.CONDITIONS["ne"]
+
+    def conclude(self, condition, d):
+        """A comparison was made: leaves its result in the flags for what follows, or as an i32."""
+        if self.is_fused:
+            self.pending = condition
+        else:
+            register = self.target(d)
+            self.asm.set_if(condition, register)
+            self.put(d, register)
+
+    def eqz(self, step, reads, write, wide):
+        _, d, a, _, _ = step
+        asm = self.asm
+        if self.pending is not None:
+            condition, self.pending = self.pending ^ 1, None
+        else:
+            asm.compare_immediate(wide, self.use(a, 0), 0)
+            condition = asm.CONDITIONS["eq"]
+        self.conclude(condition, d)
+
+    def compare(self, step, reads, write, wide, relation):
+        _, d, a, b, _ = step
+        asm = self.asm
+        if a < 0 and b >= 0:
+            a, b, relation = b, a, SWAPPED[relation]
+        first = self.use(a, 0)
+        if b >= 0 or not asm.compare_immediate(wide, first, self.constant(b)):
+            asm.compare(wide, first, self.use(b, 1))
+        self.conclude(asm.CONDITIONS[relation], d)
+
+    def float_compare(self, step, reads, write, type, relation):
+        _, d, a, b, _ = step
+        condition, swapped = self.asm.FLOAT_CONDITIONS[relation]
+        if swapped:
+            a, b = b, a
+        self.asm.float_compare(type == F64, self.use_float(a, type, 0), self.use_float(b, type, 1))
+        self.conclude(condition, d)
+
+    def alu(self, step, reads, write, wide, op):
+        _, d, a, b, _ = step
+        asm = self.asm
+        if a < 0 and op != "sub":
+            a, b = b, a
+        register = self.target(d)
+        first = self.use(a, 0)
+        if b >= 0 or not asm.alu_immediate(op, wide, register, first, self.constant(b)):
+            asm.alu(op, wide, register, first, self.use(b, 1))
+        self.put(d, register)
+
+    def multiply(self, step, reads, write, wide):
+        _, d, a, b, _ = step
+        asm = self.asm
+        if a < 0:
+            a, b = b, a
+        register = self.target(d)
+        first = self.use(a, 0)
+        factor = self.constant(b) if b < 0 else 0
+        if factor and not factor & factor - 1:
+            asm.shift_immediate("shl", wide, register, first, factor.bit_length() - 1)
+        elif b >= 0 or not asm.multiply_immediate(wide, register, first, factor):
+            asm.multiply(wide, register, first, self.use(b, 1))
+        self.put(d, register)
+
+    def divide(self, step, reads, write, wide, op):
+        _, d, a, b, _ = step
+        divisor = self.constant(b) if b < 0 else None
+        register = self.target(d)
+        first = self.use(a, 0)
+        self.asm.divide(op, wide, register, first, self.use(b, 1), self.trap, divisor in (None, 0),
+                        divisor in (None, MAX_U64 if wide else MAX_U32))
+        self.put(d, register)
+
+    def shift(self, step, reads, write, wide, op):
+        _, d, a, b, _ = step
+        asm = self.asm
+        register = self.target(d)
+        first = self.use(a, 0)
+        if b < 0:
+            asm.shift_immediate(op, wide, register, first, self.constant(b) & (63 if wide else 31))
+        else:
+            asm.shift(op, wide, register, first, self.use(b, 1))
+        self.put(d, register)
+
+    def unary(self, step, reads, write, wide, op):
+        """clz, ctz and popcnt"""
+        _, d, a, _, _ = step
+        register = self.target(d)
+        getattr(self.asm, op)(wide, register, self.use(a, 0))
+        self.put(d, register)
+
+    def extend(self, step, reads, write, wide, bits):
+        _, d, a, _, _ = step
+        register = self.target(d)
+        self.asm.extend(bits, wide, register, self.use(a, 0))
+        self.put(d, register)
+
+    def wrap(self, step, reads, write):
+        """i32.wrap_i64 and i64.extend_i32_u"""
+        _, d, a, _, _ = step
+        register = self.target(d)
+        self.asm.wrap(register, self.use(a, 0))
+        self.put(d, register)
+
+    def float_alu(self, step, reads, write, type, op):
+        _, d, a, b, _ = step
+        first, second = self.use_float(a, type, 0), self.use_float(b, type, 1)
+        register = self.float_target(d, type)
+        self.asm.float_alu(op, type == F64, register, first, second)
+        self.put_float(d, type, register)
+
+    def minimum(self, step, reads, write, type, op):
+        _, d, a, b, _ = step
+        first, second = self.use_float(a, type, 0), self.use_float(b, type, 1)
+        register = self.float_target(d, type)
+        self.asm.minimum(op, type == F64, register, first, second)
+        self.put_float(d, type, register)
+
+    def sqrt(self, step, reads, write, type):
+        register = self.float_target(step[1], F64)
+        self.asm.sqrt(type == F64, register, self.use_float(step[2], type, 0))
+        self.put_float(step[1], F64, register)
+
+    def round(self, step, reads, write, type, op):
+        register = self.float_target(step[1], F64)
+        self.asm.round(op, type == F64, register, self.use_float(step[2], type, 0))
+        self.put_float(step[1], F64, register)
+
+    def sign(self, step, reads, write, type, op):
+        _, d, a, b, _ = step
+        first = self.use_float(a, type, 0)
+        second = self.use_float(b, type, 1) if op == "copysign" else None
+        register = self.float_target(d, type)
+        self.asm.sign(op, type == F64, register, first, second)
+        self.put_float(d, type, register)
+
+    def from_integer(self, step, reads, write, type, source, is_signed):
+        register = self.float_target(step[1], F64)
+        self.asm.from_integer(type == F64, register, self.use(step[2], 0), source == I64, is_signed)
+        self.put_float(step[1], F64, register)
+
+    def to_integer(self, step, reads, write, type, source, is_signed):
+        register = self.target(step[1])
+        failed, back = self.slow_path(step, reads, write)
+        self.asm.to_integer(type == I64, register, self.use_float(step[2], source, 0), source == F64, is_signed, failed)
+        self.put(step[1], register)
+        self.asm.bind(back)
+
+    def promote(self, step, reads, write):
+        register = self.float_target(step[1], F64)
+        self.asm.promote(register, self.use_float(step[2], F32, 0))
+        self.put_float(step[1], F64, register)
+
+    def demote(self, step, reads, write):
+        register = self.float_target(step[1], F64)
+        self.asm.demote(register, self.use_float(step[2], F64, 0))
+        self.put_float(step[1], F64, register)
+
+    def to_bits(self, step, reads, write, type):
+        register = self.target(step[1])
+        self.asm.to_bits(type == F64, register, self.use_float(step[2], type, 0))
+        self.put(step[1], register)
+
+    def from_bits(self, step, reads, write, type):
+        register = self.float_target(step[1], F64)
+        self.asm.from_bits(type == F64, register, self.use(step[2], 0))
+        self.put_float(step[1], F64, register)
+
+    def vector(self, step, reads, write):
+        """An instruction on vectors, as the assembler's table has it."""
+        handler, d, a, b, _ = step
+        asm = self.asm
+        name = handler.op.name
+        method, *extras = asm.VECTORS[name]
+        if method == "vector_shift" and b < 0:
+            method, operands = "vector_shift_immediate", [self.use_float(a, V128, 0), self.constant(b)]
+        else:
+            operands = [self.use_any(slot, type, place) for place, (slot, type) in enumerate(reads)]
+        if "lane" in handler.op.immediates:
+            operands.append((b if len(reads) == 1 else b[1]) // handler.op.width)
+        elif name == "i8x16.swizzle":
+            operands.append(self.pooled)
+        type = write[1]
+        target = self.float_target(d, type) if is_float(type) else self.target(d)
+        getattr(asm, method)(target, *operands, *extras)
+        self.put_float(d, type, target) if is_float(type) else self.put(d, target)
+
+    def use_any(self, slot, type, scratch):
+        return self.use_float(slot, type, scratch) if is_float(type) else self.use(slot, scratch)
+
+    def shuffle(self, step, reads, write):
+        _, d, a, (b, indices), _ = step
+        if "i8x16.shuffle" not in self.asm.VECTORS:
+            return self.rare(step, reads, write)
+        first, second = self.use_float(a, V128, 0), self.use_float(b, V128, 1)
+        target = self.float_target(d, V128)
+        self.asm.vector_shuffle(target, first, second, indices, self.pooled)
+        self.put_float(d, V128, target)
+
+    def address(self, slot, offset, width):
+        """Checks an access; returns (register or None, offset)."""
+        asm = self.asm
+        if slot < 0:
+            offset += self.constant(slot)
+            if offset + width <= self.context.least_bytes and offset < 1 << 31:
+                return None, offset
+            asm.immediate(self.scratch[1], 0)
+            register = self.scratch[1]
+        else:
+            register = self.use(slot, 1)
+        self.trap(asm.check_bounds(register, offset, width, MEMORY_BYTES, MEMORY_LIMITS), "out of bounds memory access")
+        return register, offset
+
+    def load(self, step, reads, write, name, width):
+        _, d, a, offset, _ = step
+        if name not in self.asm.ACCESSES:
+            return self.rare(step, reads, write)
+        register, offset = self.address(a, offset, width)
+        type = write[1]
+        if is_float(type):
+            target = self.float_target(d, type)
+            self.asm.access(name, target, register, offset)
+            self.put_float(d, type, target)
+        else:
+            target = self.target(d)
+            self.asm.access(name, target, register, offset)
+            self.put(d, target)
+
+    def store(self, step, reads, write, name, width):
+        _, offset, a, b, _ = step
+        register, offset = self.address(a, -offset, width)
+        if b < 0 and name[0] == "i" and self.asm.store_constant(name, self.constant(b), register, offset):
+            return
+        value = self.use(b, 0) if name[0] == "i" else self.use_float(b, reads[1][1], 0)
+        self.asm.access(name, value, register, offset)
+
+    def global_get(self, step, reads, write):
+        _, d, variable, _, _ = step
+        offset, type = self.context.cell(variable), variable.type.value
+        if offset is None:
+            return self.rare(step, reads, write)
+        if is_float(type):
+            register = self.float_target(d, type)
+            self.asm.float_load(register, self.asm.CONTEXT, offset)
+            self.put_float(d, type, register)
+        else:
+            register = self.target(d)
+            self.asm.load(register, self.asm.CONTEXT, offset)
+            self.put(d, register)
+
+    def global_set(self, step, reads, write):
+        _, _, variable, b, _ = step
+        offset, type = self.context.cell(variable), variable.type.value
+        if offset is None:
+            return self.rare(step, reads, write)
+        if is_float(type):
+            self.asm.float_store(self.use_float(b, type, 0), self.asm.CONTEXT, offset)
+        else:
+            self.asm.store(self.use(b, 0), self.asm.CONTEXT, offset)
+
+    def ref_is_null(self, step, reads, write):
+        self.asm.compare_immediate(1, self.use(step[2], 0), 0)
+        self.conclude(self.asm.CONDITIONS["eq"], step[1])
+
+    def memory_size(self, step, reads, write):
+        _, d, memory, _, _ = step
+        if memory is not self.memory or memory.address != I32:
+            return self.rare(step, reads, write)
+        register = self.target(d)
+        self.asm.load(register, self.asm.CONTEXT, MEMORY_BYTES)
+        self.asm.shift_immediate("shr_u", 1, register, register, 16)
+        self.put(d, register)
+
+    def table_callee(self, step, reads, write):
+        """The index of a function, by the table's mirror of (type, index) pairs; what is not in
+        it (null, another type, another instance's function) the handler decides."""
+        _, d, (table, type), b, _ = step
+        asm, (x, y, z) = self.asm, self.scratch
+        offset = self.context.table(table)
+        if offset is None or table.address != I32:
+            return self.rare(step, reads, write)
+        slow, back = self.slow_path(step, reads, write)
+        index = self.use(b, 0)
+        asm.load(z, asm.CONTEXT, offset + 8)
+        asm.compare(1, index, z)
+        asm.jump_if(asm.CONDITIONS["ge_u"], slow)
+        asm.load(z, asm.CONTEXT, offset)
+        asm.load_indexed(y, z, index)
+        asm.wrap(x, y)
+        asm.shift_immediate("shr_u", 1, y, y, 32)
+        if not asm.compare_immediate(0, y, self.context.machine.type_number(type)):
+            raise Unsupported("too many types")
+        asm.jump_if(asm.CONDITIONS["ne"], slow)
+        place = self.place.get(d << 2)
+        if place is not None:
+            asm.move(place, x)
+            x = place
+        self.put(d, x)
+        asm.bind(back)
+
+    # -- block ends --
+
+    def go(self, block):
+        """Jumps to a block that does not come next."""
+        number = self.number[id(block)]
+        if number != self.index + 1:
+            self.asm.jump(self.block_labels[number])
+
+    def br(self, block):
+        self.go(block[2])
+
+    def br_if(self, block):
+        _, _, x, y, z = block
+        condition = self.condition(y)
+        taken, other = self.number[id(x)], self.number[id(z)]
+        if taken == self.index + 1:
+            self.asm.jump_if(condition ^ 1, self.block_labels[other])
+        else:
+            self.asm.jump_if(condition, self.block_labels[taken])
+            self.go(z)
+
+    def br_table(self, block):
+        _, _, x, y, z = block
+        asm, labels = self.asm, [self.block_labels[self.number[id(target)]] for target in x]
+        index, scratch = self.use(y, 0), self.scratch[0]
+        if z == 0:
+            return asm.jump(labels[0])
+        if not asm.compare_immediate(0, index, z):
+            raise Unsupported("br_table")
+        asm.jump_if(asm.CONDITIONS["ge_u"], labels[-1])
+        asm.move(scratch, index)
+        asm.jump_table(scratch, labels[:-1])
+
+    def return_(self, block):
+        asm, slots, types = self.asm, block[3], self.type.results
+        if len(slots) == 1:
+            if is_float(types[0]):
+                asm.float_move(asm.FLOAT_RESULT, self.use_float(slots[0], types[0], 0))
+            elif slots[0] < 0:
+                asm.immediate(asm.RESULT, self.constant(slots[0]))
+            else:
+                asm.move(asm.RESULT, self.use(slots[0], 0))
+        else:
+            above = self.frame + asm.RETURN_BYTES
+            for slot, type, offset in zip(slots, types, Layout(self.type).results):
+                self.store_value(slot, type, above + offset)
+        self.epilogue()
+        asm.return_()
+
+    def store_value(self, slot, type, offset):
+        """Stores an operand in the frame."""
+        asm = self.asm
+        if is_float(type):
+            store = asm.vector_store if type == V128 else asm.float_store
+            store(self.use_float(slot, type, 0), asm.FRAME, offset)
+        elif slot < 0:
+            asm.store_immediate(self.constant(slot), asm.FRAME, offset)
+        else:
+            asm.store(self.use(slot, 0), asm.FRAME, offset)
+
+    def call(self, block):
+        _, kind, x, y, z = block
+        asm, (following, d, _, at, type) = self.asm, z
+        across = self.live_out[self.index] & ~self.ends[self.index] & self.volatile
+        self.spill(across)
+        for slot, t, offset in zip(y, type.params, Layout(type).params):
+            self.store_value(slot, t, offset)
+        if kind == CALL:
+            asm.immediate(self.scratch[0], self.context.function_index(x))
+            asm.call_context(self.context.functions_offset + 8 * self.context.function_index(x))
+        else:
+            register, scratch = self.use(x, 0), self.scratch[0]
+            asm.move(scratch, register)
+            asm.call_context(self.context.functions_offset, scratch)
+        self.note_site(at)
+        self.take_results(type, d)
+        self.reload(across)
+        self.go(following)
+
+    def tail_call(self, block):
+        """The arguments replace this function's, which may still be read until all are made."""
+        _, _, x, y, z = block
+        asm, context, layout = self.asm, self.context, Layout(z[4])
+        for slot, type, offset in zip(y, z[4].params, layout.params):
+            self.store_value(slot, type, offset)
+        index, scratch = self.scratch[0], self.scratch[1]
+        if x < 0:
+            number = context.function_index(self.constants[-1 - x])
+            asm.immediate(index, number)
+        else:
+            asm.move(index, self.use(x, 0))
+        above = self.frame + asm.RETURN_BYTES
+        for offset in range(0, layout.size if y else 0, 8):
+            asm.load(scratch, asm.FRAME, offset)
+            asm.store(scratch, asm.FRAME, above + offset)
+        self.epilogue()
+        asm.jump_context(context.functions_offset, index)
+
+    def take_results(self, type, d):
+        asm, results, offsets = self.asm, type.results, Layout(type).results
+        alive = self.live_out[self.index]
+        for index, result in enumerate(results):
+            key = variable(d + index, result)
+            if not alive >> key & 1:
+                continue
+            place = self.place.get(key)
+            if len(results) == 1:
+                if is_float(result):
+                    register = asm.FLOAT_RESULT
+                    if place is not None:
+                        asm.float_move(place, register)
+                else:
+                    register = asm.RESULT
+                    if place is not None:
+                        asm.move(place, register)
+            else:
+                register = place if place is not None else (asm.FLOAT_SCRATCH if key & 3 else asm.SCRATCH)[0]
+                (asm.load, asm.float_load, asm.vector_load)[key & 3](register, asm.FRAME, offsets[index])
+            if key not in self.place or key in self.through:
+                self.store_home(key, register if place is None else place)
+
+
+SWAPPED = {"eq": "eq", "ne": "ne", "lt_s": "gt_s", "lt_u": "gt_u", "gt_s": "lt_s", "gt_u": "lt_u",
+           "le_s": "ge_s", "le_u": "ge_u", "ge_s": "le_s", "ge_u": "le_u"}
+pack_site = struct.Struct("<II").pack
+TERMINATORS = {BR: Compiler.br, BR_IF: Compiler.br_if, BR_TABLE: Compiler.br_table, RETURN: Compiler.return_,
+               CALL: Compiler.call, CALL_REF: Compiler.call, TAIL_CALL: Compiler.tail_call}
+STEP_EMITTERS = {
+    do_count: Compiler.count, do_unreachable: Compiler.unreachable, do_move: Compiler.move, do_select: Compiler.select,
+    do_global_get: Compiler.global_get, do_global_set: Compiler.global_set, do_ref_is_null: Compiler.ref_is_null,
+    do_memory_size: Compiler.memory_size, do_table_callee: Compiler.table_callee, do_shuffle: Compiler.shuffle}
+
+
+def bind_emitter(method, *arguments):
+    def emit(compiler, step, reads, write):
+        method(compiler, step, reads, write, *arguments)
+    return emit
+
+
+def emitters():
+    """{name of an instruction: what compiles it}"""
+    rows = {"i32.wrap_i64": bind_emitter(Compiler.wrap), "i64.extend_i32_u": bind_emitter(Compiler.wrap),
+            "i64.extend_i32_s": bind_emitter(Compiler.extend, 1, 32), "i64.extend32_s": bind_emitter(Compiler.extend, 1, 32),
+            "f32.demote_f64": bind_emitter(Compiler.demote), "f64.promote_f32": bind_emitter(Compiler.promote)}
+    for name, wide in (("i32.", 0), ("i64.", 1)):
+        rows[name + "eqz"] = bind_emitter(Compiler.eqz, wide)
+        rows[name + "mul"] = bind_emitter(Compiler.multiply, wide)
+        for op in ("add", "sub", "and", "or", "xor"):
+            rows[name + op] = bind_emitter(Compiler.alu, wide, op)
+        for relation in SWAPPED:
+            rows[name + relation] = bind_emitter(Compiler.compare, wide, relation)
+        for op in ("div_s", "div_u", "rem_s", "rem_u"):
+            rows[name + op] = bind_emitter(Compiler.divide, wide, op)
+        for op in ("shl", "shr_s", "shr_u", "rotl", "rotr"):
+            rows[name + op] = bind_emitter(Compiler.shift, wide, op)
+        for op in ("clz", "ctz", "popcnt"):
+            rows[name + op] = bind_emitter(Compiler.unary, wide, op)
+        for bits in (8, 16):
+            rows["%sextend%d_s" % (name, bits)] = bind_emitter(Compiler.extend, wide, bits)
+    for name, type, integer in (("f32", F32, "i32"), ("f64", F64, "i64")):
+        for relation in ("eq", "ne", "lt", "gt", "le", "ge"):
+            rows["%s.%s" % (name, relation)] = bind_emitter(Compiler.float_compare, type, relation)
+        for op in ("add", "sub", "mul", "div"):
+            rows["%s.%s" % (name, op)] = bind_emitter(Compiler.float_alu, type, op)
+        for op in ("min", "max"):
+            rows["%s.%s" % (name, op)] = bind_emitter(Compiler.minimum, type, op)
+        for op in ("abs", "neg", "copysign"):
+            rows["%s.%s" % (name, op)] = bind_emitter(Compiler.sign, type, op)
+        for op in ("ceil", "floor", "trunc", "nearest"):
+            rows["%s.%s" % (name, op)] = bind_emitter(Compiler.round, type, op)
+        rows[name + ".sqrt"] = bind_emitter(Compiler.sqrt, type)
+        rows["%s.reinterpret_%s" % (integer, name)] = bind_emitter(Compiler.to_bits, type)
+        rows["%s.reinterpret_%s" % (name, integer)] = bind_emitter(Compiler.from_bits, type)
+        for other, integer_type in (("i32", I32), ("i64", I64)):
+            for sign in ("s", "u"):
+                rows["%s.convert_%s_%s" % (name, other, sign)] = bind_emitter(Compiler.from_integer, type, integer_type, sign == "s")
+                for verb in ("trunc", "trunc_sat"):
+                    rows["%s.%s_%s_%s" % (other, verb, name, sign)] = bind_emitter(
+                        Compiler.to_integer, integer_type, type, sign == "s")
+    for row in INSTRUCTIONS:
+        if row[2] == "memarg" and row[1] in X64.ACCESSES:
+            width = struct.calcsize("<" + row[4].split()[1])
+            method = Compiler.store if "store" in row[1] else Compiler.load
+            rows[row[1]] = bind_emitter(method, row[1], width)
+    return rows
+
+
+EMITTERS = emitters()
+
+
+class Layout:
+    """Where a call's arguments and, if there are several, its results lie on the stack, in
+    bytes from the stack pointer."""
+
+    __slots__ = ("params", "results", "size")
+
+    def __init__(self, type):
+        offset, places = 0, []
+        for value in type.params + (type.results if len(type.results) > 1 else ()):
+            places.append(offset)
+            offset += 16 if value == V128 else 8
+        self.params, self.results, self.size = places[:len(type.params)], places[len(type.params):] or [0], offset + 15 & -16 or 16
+
+
+def do_nothing(R, d, a, b):
+    """Python's handlers of signals run before this returns."""
+
+
+# -- the machine: memory for code, the guest's stack --
+
+
+class Machine:
+    """What all contexts of a process share. Raises Unsupported where there cannot be one."""
+
+    def __init__(self):
+        import _ctypes
+        self.ctypes = _ctypes
+        self.assembler = assembler_here()
+        long = type("c_long", (_ctypes._SimpleCData,), {"_type_": "l"})
+        # Python's own lock is kept: native code is short of nothing but time.
+        self.function_type = type("NativeFunction", (_ctypes.CFuncPtr,), {
+            "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI, "_restype_": long, "_argtypes_": (long,) * 3})
+        self.callback_type = type("NativeCallback", (_ctypes.CFuncPtr,), {
+            "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI, "_restype_": long, "_argtypes_": (long,) * 2})
+        self.map_code()
+        self.stack_map = mmap.mmap(-1, NATIVE_STACK_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        self.stack_start = self.address_of(self.stack_map)
+        self.stack = memoryview(self.stack_map)
+        self.bottom = self.top = self.stack_start + NATIVE_STACK_BYTES - 64     # frames go below `top`
+        self.types = {}
+        self.signals = self.lost = None     # see hear_signals()
+        self.codes = []                 # NativeCode, in the order of their addresses
+        self.emit_stubs()
+
+    def address_of(self, mapping):
+        byte = type("c_char", (self.ctypes._SimpleCData,), {"_type_": "c"})
+        return self.ctypes.addressof(byte.from_buffer(mapping))
+
+    def map_code(self):
+        """One memfd, mapped to be written and to be executed: no page is ever both."""
+        import _signal
+        fd = os.memfd_create("chibishim-code", os.MFD_CLOEXEC)
+        old = _signal.signal(SIGXFSZ, _signal.SIG_IGN)      # a limit on the size of files is no reason to die
+        try:
+            os.ftruncate(fd, NATIVE_CODE_BYTES)
+            self.code_map = mmap.mmap(fd, NATIVE_CODE_BYTES)
+            self.code_address = libc_map(fd, NATIVE_CODE_BYTES, mmap.PROT_READ | mmap.PROT_EXEC)
+        except (OSError, ValueError) as error:
+            raise Unsupported("no executable memory: %s" % error) from None
+        finally:
+            _signal.signal(SIGXFSZ, old)
+            os.close(fd)
+        self.code_used, self.flush = 0, None
+
+    def place(self, code):
+        """Copies code to where it can be executed; returns its address."""
+        start = self.code_used + 63 & -64
+        if start + len(code) > NATIVE_CODE_BYTES:
+            raise Unsupported("no room for code")
+        self.code_map[start:start + len(code)] = bytes(code)
+        self.code_used = start + len(code)
+        if self.flush:
+            self.flush(self.code_address + start, self.code_address + self.code_used, 0)
+        return self.code_address + start
+
+    def emit_stubs(self):
+        asm = self.assembler()
+        if asm.FEATURES:
+            asm.features_stub()
+            bits = self.function_type(self.place(asm.code))(0, 0, 0)
+            missing = [name for bit, name in asm.FEATURES.items() if not bits >> bit & 1]
+            if missing:
+                raise Unsupported("the processor has no %s" % ", ".join(missing))
+            asm = self.assembler()
+        if asm.flush_stub:
+            asm.flush_stub()
+            self.flush = self.function_type(self.place(asm.code))
+            asm = self.assembler()
+        exit = asm.entry_stub(HOST_STACK, MEMORY_BASE, RESULTS)
+        trap = len(asm.code)
+        asm.trap_stub(TRAP_STACK, exit)
+        helper = len(asm.code)
+        asm.helper_stub(HOST_STACK, CALLBACK, TRAP, PENDING)
+        asm.finish()
+        start = self.place(asm.code)
+        self.enter = self.function_type(start)
+        self.entry_end, self.trap_address, self.helper_address = start + exit, start + trap, start + helper
+
+    def hear_signals(self):
+        """Makes code that is compiled from now on stop for signals. The C handler of Python writes
+        the signal's number to the wakeup descriptor: here a file that native code has mapped. What
+        a handler raises before a callback is ready for it, ctypes can only report."""
+        import _signal
+        fd = os.memfd_create("chibishim-signals", os.MFD_CLOEXEC)
+        os.ftruncate(fd, mmap.PAGESIZE)
+        os.set_blocking(fd, False)
+        self.signals = mmap.mmap(fd, mmap.PAGESIZE)
+        _signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+
+        def catch(report):
+            self.lost = report.exc_value
+        sys.unraisablehook = catch
+
+    def type_number(self, type):
+        """The number of a function type: equal for equal types."""
+        return self.types.setdefault(type, len(self.types) + 1)
+
+    def code_at(self, address):
+        """(NativeCode, offset of the instruction in the body) of a return address, or None."""
+        for code in self.codes:
+            if code.start < address <= code.end:
+                return code, code.offset_at(address)
+        return None
+
+
+def libc_map(fd, size, protection):
+    """mmap(2) of a file that Python cannot give the address of; MAP_SHARED."""
+    return libc.mmap(None, size, protection, 1, fd, 0) & MAX_U64
+
+
+def assembler_here():
+    """The assembler of this processor; raises Unsupported."""
+    machine = os.uname().machine
+    if machine not in ASSEMBLERS or sys.maxsize < 1 << 32:
+        raise Unsupported("no assembler for %s" % machine)
+    return ASSEMBLERS[machine]
+
+
+class NativeCode:
+    """A compiled function: where it is, and how to read its frames."""
+
+    __slots__ = ("function", "context", "start", "end", "frame", "sites", "layout")
+
+    def __init__(self, function, context, start, compiler):
+        self.function, self.context, self.start = function, context, start
+        self.end, self.frame, self.sites = start + len(compiler.asm.code), compiler.frame, bytes(compiler.sites)
+        self.layout = Layout(function.type)
+
+    def offset_at(self, address):
+        """The offset in the function's body of the call that returns to `address`."""
+        wanted = address - self.start
+        for position, at in struct.iter_unpack("<II", self.sites):
+            if position == wanted:
+                return at
+        return 0
+
+
+class Context:
+    """What native code of one instance needs: see the offsets above."""
+
+    def __init__(self, machine, instance):
+        self.machine, self.instance = machine, instance
+        self.functions = instance.functions + [None]        # the last is any function that was just found in a table
+        self.indices = {id(function): index for index, function in enumerate(instance.functions)}
+        self.tables = {id(table): CONTEXT_TABLES + 16 * index for index, table in enumerate(instance.tables)}
+        cells = CONTEXT_TABLES + 16 * len(instance.tables)
+        own = instance.globals[len(instance.globals) - len(instance.module.global_inits):]
+        self.cells = {id(variable): cells + 8 * index for index, variable in enumerate(own)
+                      if variable.type.value in NUMBER_TYPES}       # others stay objects of Python
+        self.functions_offset = cells + 8 * len(own)
+        size = self.functions_offset + 8 * len(self.functions)
+        self.mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self.mapping)
+        self.address = machine.address_of(self.mapping)
+        self.sites = []
+        self.mirrors = {}
+        self.references, self.handles = [None], {}
+        self.pending = None
+        self.callback = machine.callback_type(self.call_back)
+        for offset, value in ((STACK_LIMIT, machine.stack_start + NATIVE_STACK_MARGIN), (HELPER, machine.helper_address),
+                              (TRAP, machine.trap_address), (CALLBACK, function_address(self.callback))):
+            self.write(offset, value)
+        if machine.signals:
+            self.write(SIGNALS, machine.address_of(machine.signals))
+        pointers = struct.pack("<Q", machine.helper_address) * len(self.functions)
+        self.view[self.functions_offset:self.functions_offset + len(pointers)] = pointers
+        for variable in own:
+            if id(variable) in self.cells:
+                value, offset = variable.value, self.cells[id(variable)]
+                variable.__class__ = CellGlobal
+                Global.value.__set__(variable, (self.view, offset))
+                variable.value = value
+        self.least_bytes = 0
+        if instance.memories:
+            memory = instance.memories[0]
+            self.least_bytes = memory.pages * PAGE_BYTES
+            self.write(MEMORY_BASE, machine.address_of(memory.mapping))
+            memory.observers.append(self.resized)
+            self.resized(memory)
+
+    def write(self, offset, value):
+        pack_u64_at(self.view, offset, value)
+
+    def resized(self, memory):
+        """The memory has another size."""
+        size = memory.pages * PAGE_BYTES
+        self.write(MEMORY_BYTES, size)
+        self.view[MEMORY_LIMITS:CONTEXT_TABLES] = struct.pack("<%dQ" % SMALL_ENDS, *[max(0, size - end + 1) for end in range(SMALL_ENDS)])
+
+    def cell(self, variable):
+        """The offset of a global's value in the context, None if it is elsewhere."""
+        return self.cells.get(id(variable))
+
+    def function_index(self, function):
+        return self.indices[id(function)]
+
+    def table(self, table):
+        """The offset of a table's mirror in the context; it is made at first use."""
+        offset = self.tables.get(id(table))
+        if offset is not None and id(table) not in self.mirrors:
+            self.mirrors[id(table)] = Mirror(self, table, offset)
+        return offset
+
+    def add_site(self, step, places, constants, result):
+        """The number of a helper call."""
+        self.sites.append((step, places, constants, result))
+        return SITES + len(self.sites) - 1
+
+    # -- from Python to native code --
+
+    def run(self, code, address, values):
+        """Calls native code; `values` are (offset from the arguments, type, value)."""
+        machine = self.machine
+        saved = machine.top
+        base = (saved - max(code.layout.size, TAIL_CALL_BYTES) - 16) & -16
+        if base - code.frame < machine.stack_start + NATIVE_STACK_MARGIN:
+            raise Exhaustion("call stack exhausted")
+        start = base - machine.stack_start
+        for offset, type, value in values:
+            self.write_value(start + offset, type, value)
+        machine.top = base
+        try:
+            status = machine.enter(self.address, address, base)
+            if status or machine.lost:
+                self.fail(status, base)
+            return self.results(code, start)
+        finally:
+            machine.top = saved
+            if saved == machine.bottom and self.handles:
+                del self.references[1:]
+                self.handles.clear()
+
+    def results(self, code, start):
+        """The results of native code that returned."""
+        types = code.function.type.results
+        if len(types) == 1:
+            type = types[0]
+            offset = FLOAT_RESULTS if is_float(type) else RESULTS
+            return [self.read_value(offset, type, self.view)]
+        return [self.read_value(start + offset, type) for type, offset in zip(types, code.layout.results)]
+
+    # Values on the guest's stack. A reference is a number there, 0 for null.
+
+    def write_value(self, position, type, value):
+        stack = self.machine.stack
+        if type == I32 or type == I64:
+            pack_u64_at(stack, position, value)
+        elif type == V128:
+            stack[position:position + 16] = value
+        elif type.__class__ is int:
+            pack_u64_at(stack, position, raw(type, value))
+        else:
+            pack_u64_at(stack, position, self.handle(value))
+
+    def read_value(self, position, type, view=None):
+        view = view or self.machine.stack
+        if type == V128:
+            return bytes(view[position:position + 16])
+        bits = unpack_u64_at(view, position)[0]
+        return cooked(type, bits) if type.__class__ is int else self.references[bits]
+
+    def handle(self, value):
+        """The number of a reference."""
+        if value is None:
+            return 0
+        handle = self.handles.get(id(value))
+        if handle is None:
+            handle = self.handles[id(value)] = len(self.references)
+            self.references.append(value)
+        return handle
+
+    def fail(self, status, base):
+        """Raises what native code stopped with, the frames that it left added to its backtrace."""
+        if status in (0, PENDING):
+            error, self.pending, self.machine.lost = self.pending or self.machine.lost, None, None
+        else:
+            error = (Exhaustion if status == STACK_EXHAUSTED else Trap)(TRAP_TEXTS[status])
+        if hasattr(error, "backtrace"):
+            error.backtrace += tuple(self.frames(base))
+        raise error
+
+    def frames(self, base):
+        """Yields (Function, offset in the module) of the frames below an entry, innermost first."""
+        machine = self.machine
+        sp, known = unpack_u64_at(self.view, TRAP_STACK)[0], {}
+        for _ in range(MAX_FRAMES):
+            if sp >= base:
+                break
+            address = unpack_u64_at(machine.stack, sp - machine.stack_start)[0]
+            if address not in known:
+                known[address] = machine.code_at(address)
+            if known[address] is None:
+                break
+            code, at = known[address]
+            yield code.function, code.function.body.start + at
+            sp += 8 + code.frame - machine.assembler.FRAME_EXTRA
+
+    # -- from native code to Python --
+
+    def call_back(self, number, sp):
+        """What the helper stub calls; `sp` is where the return address is."""
+        machine = self.machine
+        saved, machine.top = machine.top, sp
+        try:
+            if machine.lost:
+                raise machine.lost
+            if number < SITES:
+                self.call_function(self.functions[number], sp + 8 - machine.stack_start)
+            else:
+                self.perform(self.sites[number - SITES], sp + 8 - machine.stack_start)
+            return 0
+        except BaseException as error:
+            self.pending = error
+            return 1
+        finally:
+            machine.top = saved
+
+    def call_function(self, function, start):
+        """Calls a function with the arguments at `start` of the stack, and leaves its results."""
+        type = function.type
+        layout = Layout(type)
+        results = execute_any(function, [self.read_value(start + offset, t) for offset, t in zip(layout.params, type.params)])
+        for offset, t, value in zip(layout.results, type.results, results or ()):
+            self.write_value(start + offset, t, value)
+
+    def perform(self, site, start):
+        """Executes a step of the interpreter on a frame of native code."""
+        (handler, d, a, b, _), places, constants, result = site
+        R = dict(constants)
+        for slot, home, type in places:
+            R[slot] = self.read_value(start + home, type)
+        index = R[b] if handler is do_table_callee else None
+        try:
+            handler(R, d, a, b)
+        except struct.error:            # of a memory access
+            raise out_of_bounds("memory") from None
+        if result:
+            slot, home, type = result
+            if index is None:
+                self.write_value(start + home, type, R[slot])
+            else:
+                pack_u64_at(self.machine.stack, start + home, self.callee(R[slot], a[0], index))
+
+    def callee(self, function, table, index):
+        """The index of a function found in a table, noted in the mirror if it is one of ours."""
+        number = self.indices.get(id(function))
+        if number is None:
+            self.functions[-1] = function
+            return len(self.functions) - 1
+        self.mirrors[id(table)].note(index, self.machine.type_number(function.type), number)
+        return number
+
+
+class Mirror:
+    """A table as native code sees it: for each element the index and the number of the type of
+    a function, or 0 where nobody looked yet."""
+
+    def __init__(self, context, table, offset):
+        self.context, self.table, self.offset = context, table, offset
+        self.mapping = None
+        table.mirrors.append(self)
+        self.clear()
+
+    def clear(self):
+        """The table has changed."""
+        size = 8 * len(self.table.elements)
+        if self.mapping is None or len(self.mapping) < size:
+            self.mapping = mmap.mmap(-1, max(size, 4096), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.context.write(self.offset, self.context.machine.address_of(self.mapping))
+        else:
+            self.mapping[:] = bytes(len(self.mapping))
+        self.context.write(self.offset + 8, len(self.table.elements))
+
+    def note(self, index, type_number, number):
+        pack_u64_at(self.mapping, 8 * index, type_number << 32 | number)
+
+
+class CellGlobal(Global):
+    """A global whose value is in a context: (its view, the offset)."""
+
+    __slots__ = ()
+
+    @property
+    def value(self):
+        view, offset = Global.value.__get__(self)
+        return cooked(self.type.value, unpack_u64_at(view, offset)[0])
+
+    @value.setter
+    def value(self, value):
+        view, offset = Global.value.__get__(self)
+        pack_u64_at(view, offset, raw(self.type.value, value))
+
+
+pack_u64_at, unpack_u64_at = struct.Struct("<Q").pack_into, struct.Struct("<Q").unpack_from
+
+
+def function_address(callback):
+    """The address of a C function that calls a Python one."""
+    return int.from_bytes(memoryview(callback).tobytes(), "little")
+
+
+# -- tier-up --
+
+ASSEMBLERS = {assembler.machine: assembler for assembler in (X64, A64)}
+
+
+MODES = ("auto", "native", "interpreter")
+
+
+class Tier:
+    """Decides what is compiled: "auto", "native" or "interpreter"."""
+
+    machine = None                      # of the process, made at first use
+    refusal = None                      # why there is none
+    hears_signals = False               # whether native code must stop for handlers of Python
+
+    def __init__(self, mode):
+        self.mode = mode
+        self.credit = FIRST_COMPILE if mode == "auto" else 0
+
+    def counter(self, function, locals):
+        """What the steps of a function count down."""
+        budget = COMPILE_START + COMPILE_COST * (function.body.end - function.body.start)
+        return [budget if self.mode == "auto" else -1, function, locals, self]
+
+    def heat(self, counter):
+        """A function has executed as much as its counter says."""
+        if Tier.machine is None and self.mode == "auto" and self.credit > 0:
+            self.credit -= COMPILE_START
+            counter[0] = COMPILE_START
+            return
+        counter[0] = 1 << 60            # compiled or not, never again
+        _, function, locals, _ = counter
+        try:
+            compile_function(self.ready(), function, locals)
+        except Unsupported:
+            pass
+
+    @staticmethod
+    def ready():
+        """The process's Machine; raises Unsupported."""
+        if Tier.machine is None:
+            if Tier.refusal:
+                raise Unsupported(Tier.refusal)
+            try:
+                Tier.machine = Machine()
+                if Tier.hears_signals:
+                    Tier.machine.hear_signals()
+            except (Unsupported, OSError, ImportError) as error:
+                Tier.refusal = str(error)
+                raise Unsupported(Tier.refusal) from None
+        return Tier.machine
+
+
+def compile_function(machine, function, locals):
+    """Compiles a translated function and makes the interpreter enter it from now on."""
+    instance = function.instance
+    context = instance.context
+    if context is None:
+        context = instance.context = Context(machine, instance)
+    compiler = Compiler(context, function, locals)
+    code = compiler.compile()
+    start = machine.place(code)
+    native = NativeCode(function, context, start, compiler)
+    machine.codes.append(native)
+    context.write(context.functions_offset + 8 * function.index, start)
+    results = range(len(function.type.results))
+    nowhere = None, 0, None, None       # native code adds itself to backtraces
+    function.entry = [[(do_enter, None, native, None, None)], RETURN, None, results, nowhere]
+    for head, offset, alive in compiler.loops.values():
+        below = native.frame + compiler.asm.RETURN_BYTES
+        variables = [(slot, type, home - below) for slot, type, home in alive]
+        head[:] = [[(do_enter_loop, None, native, (start + offset, variables), None)], RETURN, None, results, nowhere]
+
+
+def do_enter(R, d, a, b):
+    """The whole of a compiled function."""
+    R[:] = a.context.run(a, a.start, zip(a.layout.params, a.function.type.params, R))
+
+
+def do_enter_loop(R, d, a, b):
+    """The rest of a compiled function, from a loop's head on."""
+    address, variables = b
+    R[:] = a.context.run(a, address, [(home, type, R[slot]) for slot, type, home in variables])
+
+
+def choose_tier(mode):
+    """What Module.tier is to be for a mode."""
+    return Tier(mode) if mode != "interpreter" and os.uname().machine in ASSEMBLERS else None
+
+
+Module.tier = choose_tier(os.environ.get("CHIBISHIM_TIER", "auto"))
+
+
+# === 15. Reading and debugging ================================================
 #
 # Bodies as text, and what goes on while they run. The disassembler reads the rows of
 # INSTRUCTIONS and writes the text format (chapter 6 of the specification): what it
@@ -4668,7 +7962,7 @@ def backtrace_of(trap):
 MAX_BACKTRACE = 32
 
 
-# === 14. WASI =================================================================
+# === 16. WASI =================================================================
 #
 # WASI preview 1: 46 functions over the guest's memory. In: the arguments, the
 # environment, the preopened directories and listening sockets that the caller grants;
@@ -4681,35 +7975,6 @@ MAX_BACKTRACE = 32
 # symbolic link that anybody follows. So nothing outside a preopen can be named, and
 # whatever changes meanwhile, a system call works on the descriptor that was checked.
 
-
-class Libc:
-    """Functions of the C library by name: `libc.mount(…)`. Integers and None are passed
-    as C longs, bytes and buffers as pointers; -1 raises OSError named after the call. By
-    _ctypes, the module under ctypes: a sixth of its import time."""
-
-    def __getattr__(self, name):
-        import _ctypes
-
-        long = type("c_long", (_ctypes._SimpleCData,), {"_type_": "l"})
-        prototype = type("CFunction", (_ctypes.CFuncPtr,), {
-            "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO, "_restype_": long})
-        try:
-            function = prototype(_ctypes.dlsym(_ctypes.dlopen(None, 0), name))
-        except OSError:
-            raise OSError(errno.ENOSYS, "the C library has no %s" % name) from None
-
-        def call(*arguments):
-            _ctypes.set_errno(0)
-            result = function(*[long(a or 0) if a is None or a.__class__ is int else a for a in arguments])
-            if result == -1:
-                code = _ctypes.get_errno()
-                raise OSError(code, "%s: %s" % (name, os.strerror(code)))
-            return result
-        setattr(self, name, call)
-        return call
-
-
-libc = Libc()
 
 # -- constants of the witx files --
 
@@ -5669,18 +8934,20 @@ EXIT_TRAP = 134                         # 128 + SIGABRT, as an aborted program
 
 
 def run_command(data, arguments, environment, preopens, function="_start", preloads=(), listeners=(),
-                trace=False, fuel=None, timeout=None):
+                trace=False, fuel=None, timeout=None, tier=None):
     """Runs a WASI command module, bytes or a Module, and returns its exit status:
     proc_exit's, 0 at the function's return, EXIT_TRAP for a trap or a bad module. What went
     wrong is on stderr. Another function than _start takes the arguments as its parameters
     and its results are printed. `preloads` is a list of (module name, bytes). `trace`
     writes every instruction to stderr; after `fuel` instructions or `timeout` seconds the
-    guest traps."""
+    guest traps. `tier` is one of MODES."""
     default_signals()
     translator = instrument(report if trace else None, fuel and [fuel, fuel]) if trace or fuel else None
     wasi = Wasi(arguments, environment, preopens, listeners)
     imports = {"wasi_snapshot_preview1": wasi.imports()}
     try:
+        if tier:
+            Module.tier = choose_tier(tier)
         if timeout:
             start_timer(timeout)
         module = data if data.__class__ is Module else Module(data)
@@ -5714,6 +8981,7 @@ def start_timer(seconds):
     def expired(number, frame):
         raise Timeout("timeout after %g s" % seconds)
     _signal.signal(_signal.SIGALRM, expired)
+    Tier.hears_signals = True
     _signal.setitimer(_signal.ITIMER_REAL, seconds, 1)
 
 
@@ -5781,7 +9049,7 @@ def printable(text):
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-# === 15. Linux ================================================================
+# === 17. Linux ================================================================
 #
 # What the shim asks of the kernel and Python's `os` does not have: mounts, mount
 # tables, paths inside a container, processes, and an event loop. The loop is the
@@ -6117,7 +9385,7 @@ def log(text):
     report("chibishim: " + text)
 
 
-# === 16. OCI configuration ====================================================
+# === 18. OCI configuration ====================================================
 #
 # config.json (OCI runtime specification 1.2) in, a list of set-up operations out.
 # Nothing here touches the system: what will be done to it can be read, and tested,
@@ -6537,7 +9805,7 @@ def capability_mask(names):
     return sum(1 << CAPABILITIES.index(name[4:]) for name in set(names or ()) if name[4:] in CAPABILITIES and name[:4] == "CAP_")
 
 
-# === 17. Cgroups ==============================================================
+# === 19. Cgroups ==============================================================
 #
 # A container's control group: one directory in the unified hierarchy (cgroups(7),
 # version 2), or one in each hierarchy of version 1, or both on a hybrid system.
@@ -6923,10 +10191,10 @@ def buffer_address(memory, _ctypes):
     return _ctypes.addressof(byte.from_buffer(memory))
 
 
-# === 18. Container process ====================================================
+# === 20. Container process ====================================================
 #
 # The child of the shim that becomes the container: it carries out the plan of
-# chapter 16, looks at its payload, says "ready" and waits for Start on a pipe. The
+# chapter 18, looks at its payload, says "ready" and waits for Start on a pipe. The
 # shim's death closes the pipe and the kernel kills the child (PR_SET_PDEATHSIG), so
 # no half-made container outlives its shim. What the child sends on the status pipe:
 # b"W" or b"N" (a Wasm or native payload, ready), b"N…" then nothing more at exec, or
@@ -7456,7 +10724,7 @@ def early_module(data):
 TIOCSCTTY, TIOCSWINSZ = 0x540E, 0x5414
 
 
-# === 19. Task service =========================================================
+# === 21. Task service =========================================================
 #
 # containerd.task.v2.Task (v3 is the same) for any number of containers in one shim.
 # A handler is a method with the call's name; it takes the decoded request and returns
@@ -8354,7 +11622,7 @@ class HookRunner:
                 raise error
 
 
-# === 20. Shim process =========================================================
+# === 22. Shim process =========================================================
 #
 # containerd runs the shim as a command: `start` makes the socket, leaves a daemon
 # behind that serves it, and prints the address; `delete` cleans up after a container,
@@ -8907,7 +12175,7 @@ def remove_dead_socket(bundle):
         probe.close()
 
 
-# === 21. Without containerd ===================================================
+# === 23. Without containerd ===================================================
 #
 # What a person with a terminal and no containerd needs: to run a module in a real
 # container by driving the shim as containerd would, to make an image of it, to look
@@ -9274,7 +12542,7 @@ def describe(module, path):
         yield "custom  %-8d %s" % (end - start, name)
 
 
-# === 22. Command line =========================================================
+# === 24. Command line =========================================================
 #
 # For people without containerd and for readers. Options end at the module, what
 # follows is the guest's, as with `wasmtime run`.
@@ -9294,6 +12562,8 @@ run [OPTION…] MODULE [ARGUMENT…]         run a module as an ordinary process
   --trace                    write each instruction and its operands to stderr, as it is executed
   --fuel N                   trap after N instructions (of a basic block, all at its start)
   --timeout SECONDS          trap after this time
+  --tier auto|native|interpreter   compile what is hot, everything, or nothing
+                             (default: the environment's CHIBISHIM_TIER, or auto)
 
 container [OPTION…] MODULE [ARGUMENT…]   run it in a container, as root or without
   --dir HOST[::GUEST]        mount a directory (at GUEST, an absolute path)
@@ -9358,7 +12628,8 @@ def plug_closed_streams():
 def command_run(words):
     """chibishim run: a module without a container."""
     plug_closed_streams()
-    options, rest = parse_options(words, ("dir", "env", "argv0", "tcplisten", "preload", "invoke", "fuel", "timeout"), ("trace",))
+    options, rest = parse_options(words, ("dir", "env", "argv0", "tcplisten", "preload", "invoke", "fuel", "timeout", "tier"),
+                                  ("trace",))
     if not rest:
         raise UsageError("run needs a MODULE; see --help")
     path = rest[0]
@@ -9370,8 +12641,11 @@ def command_run(words):
     function = options["invoke"][-1] if options["invoke"] else "_start"
     listeners = [tcp_listener(text) for text in options["tcplisten"]]
     bounds = [parse_bound(options, name, number) for name, number in (("fuel", int), ("timeout", float))]
+    tier = options["tier"][-1] if options["tier"] else None
+    if tier and tier not in MODES:
+        raise UsageError("--tier %s: one of %s" % (tier, ", ".join(MODES)))
     return run_command(read_module(path), [argv0] + rest[1:], options["env"], preopens, function, preloads, listeners,
-                       bool(options["trace"]), *bounds)
+                       bool(options["trace"]), *bounds, tier)
 
 
 def parse_bound(options, name, number):
