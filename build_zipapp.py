@@ -49,7 +49,8 @@ exec(code, module.__dict__)
 gc.freeze()
 gc.enable()
 status = module.main(sys.argv)
-sys.stdout.flush()
+if sys.stdout:
+    sys.stdout.flush()
 posix._exit(status)
 """
 

@@ -619,11 +619,9 @@ class DefinedType:
     def matches(self, other):
         """Whether this is `other` or declared as a subtype of it (3.3.9)."""
         type = self
-        while type is not None:
-            if type == other:
-                return True
+        for _ in range(self.depth - other.depth):
             type = type.supertype
-        return False
+        return type == other
 
 
 class FunctionType(DefinedType):
@@ -2271,12 +2269,12 @@ class Module:
             try:
                 while reader.position < reader.end:
                     kind, size = reader.byte(), reader.unsigned()
-                    stop = reader.position + size
+                    reader.end = stop = min(reader.position + size, end)
                     if kind == 1:
                         for _ in range(reader.unsigned()):
                             index = reader.unsigned()
                             names[index] = reader.name()
-                    reader.position = stop
+                    reader.position, reader.end = stop, end
             except Malformed:
                 pass
         return names
@@ -2764,10 +2762,14 @@ class Memory:
     def reserve(minimum, maximum):
         """The mapping; smaller than `maximum` pages where address space is short (a
         32-bit board, vm.overcommit_memory=2)."""
-        size = maximum * PAGE_BYTES or PAGE_BYTES
+        size = wanted = maximum * PAGE_BYTES or PAGE_BYTES
         while True:
             try:
-                return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+                mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+                if size == wanted or size // 2 < max(minimum * PAGE_BYTES, SMALLEST_RESERVATION):
+                    return mapping
+                mapping.close()         # the rest of the process needs some, too
+                wanted = size = size // 2
             except (OSError, OverflowError, ValueError):
                 if size <= max(minimum * PAGE_BYTES, SMALLEST_RESERVATION):
                     raise Exhaustion("cannot reserve %d pages of memory" % minimum) from None
@@ -3637,6 +3639,7 @@ class Translator:
     def call(self, kind, x, type):
         """Ends the block with a call; the results go to the slots of their heights."""
         arguments = tuple(self.pop_all(type.params))
+        self.count_operands(type.results)
         following = new_block()
         self.finish(kind, x, arguments, (following, self.base + len(self.slots), self.handlers, self.at, type))
         self.block = following
@@ -3644,6 +3647,7 @@ class Translator:
 
     def tail_call(self, type, slot):
         """Ends the block with a call in place of this function's frame."""
+        self.count_operands(type.results)
         if not types_match(type.results, self.controls[0].results):
             raise Invalid("type mismatch")
         self.finish(TAIL_CALL, slot, tuple(self.pop_all(type.params)), (None, 0, None, self.at, type))
@@ -3862,6 +3866,7 @@ class Translator:
 
     def struct_new_default_(self, op):
         type = self.aggregate(STRUCT)
+        self.count_operands(type.fields)
         if not all(defaultable(storage) for storage, _ in type.fields):
             raise Invalid("type mismatch: a field has no default value")
         self.emit(do_struct_new_default, self.push((type, False)), type, 0)
@@ -4357,8 +4362,8 @@ def landing(handlers, thrown, R):
         for tag, wants_reference, block, d in clauses:
             if tag is None or tag is thrown.tag:
                 values = () if tag is None else thrown.values
+                thrown.__traceback__, thrown.backtrace = None, ()
                 if wants_reference:
-                    thrown.__traceback__, thrown.backtrace = None, ()
                     values += (thrown,)
                 R[d:d + len(values)] = values
                 return block
@@ -9019,7 +9024,7 @@ def parse_value(type, word):
     try:
         return to_value(type, int(word, 0) if type in (I32, I64) else float(word))
     except (TypeError, ValueError):
-        raise Unlinkable("%r is no %s" % (word, TYPE_NAMES[type])) from None
+        raise Unlinkable("%r is no %s" % (word, type_name(type))) from None
 
 
 def exit_status(code):
