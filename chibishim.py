@@ -4430,6 +4430,10 @@ COMMUTATIVE = ("add", "and", "or", "xor")
 SMALL_ENDS = 128                        # ends of accesses that are compared in one step
 
 
+class Unsupported(Exception):
+    """This function stays in the interpreter, or all of them."""
+
+
 STORE_BITS = {"i32.store": 32, "i64.store": 64, "i32.store8": 8, "i32.store16": 16, "i64.store8": 8, "i64.store16": 16,
               "i64.store32": 32}
 
@@ -5943,10 +5947,6 @@ SITES = 1 << 24                     # numbers of helper calls that are no functi
 TRAP_TEXTS = ("", "unreachable", "integer divide by zero", "integer overflow", "out of bounds memory access",
               "call stack exhausted", "")
 STACK_EXHAUSTED, PENDING = 5, 6
-
-
-class Unsupported(Exception):
-    """This function stays in the interpreter."""
 
 
 def is_float(type):
