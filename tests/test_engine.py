@@ -393,8 +393,9 @@ def signed_leb128(value):
     return bytes(out)
 
 
-def test_wide_frames_exhaust_the_stack_before_the_memory(wat):
-    "I4"
+def test_wide_frames_exhaust_the_stack_before_the_memory(wat, monkeypatch):
+    "I4: in the interpreter; native code has no frames for locals that nobody uses"
+    monkeypatch.setattr(chibishim.Module, "tier", None)
     text = "(module (func $f (export \"f\") (local %s) (call $f)))" % ("i64 " * 5000)
     with pytest.raises(Exhaustion, match="call stack exhausted") as caught:
         run(wat, text)
