@@ -1682,10 +1682,13 @@ def operation(opcode):
 
 
 def define(source, **names):
-    """The function `handler` that `source` defines, over the numerics and `names`."""
-    namespace = dict(globals(), **names)
-    exec("def handler(R, d, a, b):\n    " + "\n    ".join(source), namespace)
-    return namespace["handler"]
+    """The function `handler` that `source` defines, over the numerics and `names`: a closure,
+    for a copy of globals() would write to the reference count of everything, which unshares
+    the pages that a container has in common with its shim."""
+    scratch = {}
+    exec("def make(%s):\n  def handler(R, d, a, b):\n    %s\n  return handler" % (
+        ", ".join(names), "\n    ".join(source)), globals(), scratch)
+    return scratch["make"](**names)
 
 
 def remember(op, handler, memory=None):
