@@ -10936,8 +10936,9 @@ class Stdio:
             os.close(self.writers.pop(name))
         deadline = time.monotonic() + DRAIN_MAX_S
         stall, before = time.monotonic() + DRAIN_STALL_S, None
+        self.keep_writers()
         while time.monotonic() < deadline:
-            left = sum(bytes_available(fd) for fd in self.kept.values())
+            left = sum(bytes_available(fd) for fd in self.kept.values() if has_reader(fd))
             if not left:
                 return
             if left != before:
@@ -10945,6 +10946,16 @@ class Stdio:
             if time.monotonic() > stall:
                 return
             yield None, 0.002
+
+    def keep_writers(self):
+        """Write ends instead of the read ends that were kept: they keep what is in the fifos
+        too, and tell whether anybody is there to read it."""
+        for path, fd in self.kept.items():
+            try:
+                self.kept[path] = os.open("/proc/self/fd/%d" % fd, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:
+                continue
+            os.close(fd)
 
     def resize(self, width, height):
         """TIOCSWINSZ; the kernel tells the processes by SIGWINCH."""
@@ -10961,6 +10972,13 @@ class Stdio:
             if loop:
                 loop.forget(fd)
             os.close(fd)
+
+
+def has_reader(fd):
+    """Whether a fifo's write end has a reader; a read end counts as one."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return not poll.poll(0)
 
 
 def stream_path(name):
