@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PREFIX ?= /usr/local
 SHARED ?= ../shared
+TIER   ?= auto
 SHIM   := dist/containerd-shim-chibiwasm-v1
 PEERS  := containerd runc wabt protobuf-compiler busybox-static
 
@@ -33,7 +34,9 @@ test: .venv/ready $(SHIM)
 modules:
 	for source in tests/modules/*.wat; do wat2wasm --debug-names $$source -o $${source%.wat}.wasm; done
 
-# The official suite of WebAssembly; SUITE is a group, GROUP/FILE or a directory.
+# The official suite of WebAssembly; SUITE is a group, GROUP/FILE or a directory. This and
+# the next ones with TIER=interpreter, native or auto.
+spec wasi programs: export CHIBISHIM_TIER = $(TIER)
 spec: .venv/ready
 	SHARED=$(SHARED) .venv/bin/python tests/run_spec.py $(SUITE)
 

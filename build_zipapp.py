@@ -19,19 +19,72 @@ NAME = "containerd-shim-chibiwasm-v1"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 DATE = (1980, 1, 1, 0, 0, 0)
 
-# Run by each Python, without the tables of columns, a third of the code: reads the source from stdin, prints magic number and code.
+# The module is three code objects, so that nobody waits for what is not needed: what a shim needs
+# until a guest runs, the engine, and its native tier. Each later one is loaded at the
+# first call of one of these names.
+STAGES = (
+    ("Module", "run_command", "command_run", "command_container", "command_image", "command_inspect"),
+    ("Machine", "compile_function"),
+)
+
+# Run by each Python, without the tables of columns, a third of the code. Reads the source from
+# stdin; prints the magic number and the sizes, then the code objects. A statement of the
+# module belongs to the first stage whose roots reach, by the names in it, what it defines or
+# puts something into; one that does neither, to the first stage that has all it names. A name
+# in a string counts where it is called: the table of instructions has such expressions.
 COMPILE = """
-import _imp, importlib.util, marshal, sys
-source = sys.stdin.buffer.read()
-code = compile(source, "chibishim.py", "exec", dont_inherit=True, optimize=2)
-sys.stdout.buffer.write(importlib.util.MAGIC_NUMBER.hex().encode() + b"\\n" + marshal.dumps(code))
+import ast, dis, importlib.util, marshal, re, sys
+stages = [("main",)] + [tuple(words.split(",")) for words in sys.argv[1:]]
+
+def names(code):
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return found.union(*map(names_in, code.co_consts))
+
+def names_in(constant):
+    if isinstance(constant, str):
+        return set(re.findall("([a-z_0-9]+)[(]", constant))
+    if isinstance(constant, tuple):
+        return set().union(*map(names_in, constant))
+    return names(constant) if hasattr(constant, "co_code") else set()
+
+def compiled(statements):
+    return compile(ast.Module(statements, []), "chibishim.py", "exec", dont_inherit=True, optimize=2)
+
+def definitions(statement):
+    if isinstance(statement, (ast.Assign, ast.For)):
+        targets = [n for n in ast.walk(statement) if isinstance(getattr(n, "ctx", None), ast.Store)]
+        return {n.id for n in (getattr(n, "value", n) for n in targets) if isinstance(n, ast.Name)}
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return {(a.asname or a.name).partition(".")[0] for a in statement.names}
+    return {statement.name} if hasattr(statement, "name") else set()
+
+body = ast.parse(sys.stdin.buffer.read()).body
+used = [names(compiled([statement])) for statement in body]
+defined = [definitions(statement) for statement in body]
+everything, reached, left, parts = set().union(*defined), set(), list(range(len(body))), []
+for number, roots in enumerate(stages):
+    stubs = {name for later in stages[number + 1:] for name in later}
+    new = set(roots)
+    while new:
+        reached |= new
+        new = set().union(*(used[i] for i in left if defined[i] & reached)) & everything - reached - stubs
+    last = number == len(stages) - 1
+    mine = [i for i in left if last or (defined[i] & reached if defined[i] else not used[i] & everything - reached)]
+    left = [i for i in left if i not in mine]
+    stub = "def {0}(*words, **options):\\n    return load({1}, '{0}')(*words, **options)\\n"
+    text = "".join(stub.format(name, number) for name in (stages + [()])[number + 1])
+    parts.append(marshal.dumps(compiled(ast.parse(text).body + [body[i] for i in mine])))
+sizes = " ".join(str(len(part)) for part in parts)
+sys.stdout.buffer.write((importlib.util.MAGIC_NUMBER.hex() + " " + sizes + "\\n").encode() + b"".join(parts))
 """
 
 # Starts chibishim as a module of that name, so that tracebacks and imports find it. The
-# kernel frees a process faster than Python does, hence _exit.
+# kernel frees a process faster than Python does, hence _exit. The archive is mapped: a
+# container's process loads the later code objects when it no longer sees the file.
 MAIN = """\
 import gc
 import marshal
+import mmap
 import posix
 import sys
 gc.disable()
@@ -41,11 +94,19 @@ module = type(sys)("chibishim")
 module.__loader__ = loader
 module.__file__ = loader.archive + "/chibishim.py"
 sys.modules["chibishim"] = module
-try:
-    code = marshal.loads(loader.get_data("code/" + __import__("_frozen_importlib_external").MAGIC_NUMBER.hex()))
-except OSError:
-    code = compile(loader.get_data("chibishim.py"), "chibishim.py", "exec", dont_inherit=True, optimize=2)
-exec(code, module.__dict__)
+names = module.__dict__
+found = CODE.get(__import__("_frozen_importlib_external").MAGIC_NUMBER.hex())
+if found:
+    fd = posix.open(loader.archive, posix.O_RDONLY | posix.O_CLOEXEC)
+    archive = memoryview(mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ))
+    posix.close(fd)
+    def load(stage, name):
+        exec(marshal.loads(archive[found[stage + 1]:found[stage + 2]]), names)
+        return names[name]
+    names["load"] = load
+    load(-1, "main")
+else:
+    exec(compile(loader.get_data("chibishim.py"), "chibishim.py", "exec", dont_inherit=True, optimize=2), names)
 gc.freeze()
 gc.enable()
 status = module.main(sys.argv)
@@ -78,12 +139,14 @@ def candidates():
 
 
 def compile_with(python, source):
-    """(magic number in hex, marshalled code) of the source by that Python."""
-    done = subprocess.run([python, "-IS", "-X", "no_debug_ranges", "-c", COMPILE], input=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """(magic number in hex, marshalled code objects, their sizes) of the source by that Python."""
+    done = subprocess.run([python, "-IS", "-X", "no_debug_ranges", "-c", COMPILE, *map(",".join, STAGES)], input=source,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
         raise OSError(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
-    magic, code = done.stdout.split(b"\n", 1)
-    return magic.decode(), code
+    head, code = done.stdout.split(b"\n", 1)
+    magic, *sizes = head.decode().split()
+    return magic, code, list(map(int, sizes))
 
 
 def default_python():
@@ -98,20 +161,24 @@ def build(output, python, compilers, required):
     compiled = {}
     for compiler in compilers:
         try:
-            magic, code = compile_with(compiler, source)
+            magic, code, sizes = compile_with(compiler, source)
         except OSError as error:
             if required:
                 sys.exit("build_zipapp: --compile-for %s: %s" % (compiler, error))
             continue
-        compiled.setdefault(magic, (compiler, code))
+        compiled.setdefault(magic, (compiler, code, sizes))
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     temporary = output + ".new"
     with open(temporary, "wb") as file:
         file.write(shebang(python))
         with zipfile.ZipFile(file, "w") as archive:
-            add(archive, "__main__.py", MAIN.encode())
+            table = {}
             for magic in sorted(compiled):
-                add(archive, "code/" + magic, compiled[magic][1])
+                _, code, sizes = compiled[magic]
+                add(archive, "code/" + magic, code)
+                start = file.tell() - len(code)
+                table[magic] = [start + sum(sizes[:stage]) for stage in range(len(sizes) + 1)]
+            add(archive, "__main__.py", ("CODE = %r\n" % table + MAIN).encode())
             add(archive, "chibishim.py", source, zipfile.ZIP_DEFLATED)
     os.chmod(temporary, 0o755)
     os.replace(temporary, output)

@@ -7544,6 +7544,7 @@ ASSEMBLERS = {assembler.machine: assembler for assembler in (X64, A64)}
 
 
 MODES = ("auto", "native", "interpreter")
+NATIVE_MACHINES = "x86_64", "aarch64"
 
 
 class Tier:
@@ -7625,7 +7626,7 @@ def do_enter_loop(R, d, a, b):
 
 def choose_tier(mode):
     """What Module.tier is to be for a mode."""
-    return Tier(mode) if mode != "interpreter" and os.uname().machine in ASSEMBLERS else None
+    return Tier(mode) if mode != "interpreter" and os.uname().machine in NATIVE_MACHINES else None
 
 
 Module.tier = choose_tier(os.environ.get("CHIBISHIM_TIER", "auto"))
@@ -10572,10 +10573,11 @@ def do_no_new_privs(setup):
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-OPERATIONS = {name[3:]: function for name, function in list(globals().items()) if name in (
-    "do_join do_unshare do_loopback_up do_prepare_root do_mount do_mount_cgroup do_device do_symlink do_hooks do_sysctl "
-    "do_readonly do_mask do_readonly_root do_pivot_root do_chroot do_hostname do_domainname do_rlimit do_oom_score_adj "
-    "do_bounding do_identity do_cwd do_capabilities do_no_new_privs").split()}
+OPERATIONS = {function.__name__[3:]: function for function in (
+    do_join, do_unshare, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink,
+    do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_chroot, do_hostname,
+    do_domainname, do_rlimit, do_oom_score_adj, do_bounding, do_identity, do_cwd, do_capabilities,
+    do_no_new_privs)}
 
 
 def find_program(name, environment, cwd):

@@ -1,10 +1,9 @@
 """Runs real command modules and compares what they print, write and return.
 
-    python tests/run_programs.py [--all] [--shim=FILE] [WORD]…
+    python tests/run_programs.py [--shim=FILE] [WORD]…
 
 runs those whose "PROGRAM/RUN" contains one of the words (all without), each in a
-fresh copy of its folders, by chibishim.py or FILE, and prints the seconds each took. What waits for the
-native tier is listed by name and not run, unless --all or a word names it.
+fresh copy of its folders, by chibishim.py or FILE, and prints the seconds each took.
 """
 
 import hashlib
@@ -23,17 +22,6 @@ RUN_SECONDS = 1800
 
 # Empty folders are lost in archives; these are needed.
 EMPTY_FOLDERS = {"gotest": "root/tmp"}
-
-# PROGRAM/RUN: why it waits for the native tier. All pass with --all, in ten minutes.
-WAITING = dict.fromkeys(("cpython-3.12/hello", "cpython-3.12/sys", "cpython-3.12/pi", "cpython-3.12/stdlib", "cpython-3.12/stdin",
-                         "cpython-3.12/exc", "cpython-3.12/files"), "25 to 60 s to start a Python in the interpreter")
-WAITING.update({
-    "go-testdir-append/run": "20 s in the interpreter",
-    "go-testdir-chan/run": "45 s in the interpreter",
-    "gotest-sort/short": "65 s in the interpreter",
-    "icepack/unpack": "75 s in the interpreter",
-    "zstd/c19": "40 s in the interpreter",
-})
 
 # The one expectation that is a runtime's peculiarity: wasmtime writes the first of two buffers, and prints _start's result.
 STDOUT = {"chibi-fd_write/run": b"Hello, World!\n"}
@@ -121,19 +109,13 @@ def main(arguments):
     if not os.path.isdir(PROGRAMS):
         print("*** SKIPPED: no %s (set SHARED)" % PROGRAMS)
         return 0
-    chosen, failed, waiting, start = runs(words), 0, [], time.monotonic()
+    chosen, failed, start = runs(words), 0, time.monotonic()
     for title, folder, case, run in chosen:
-        if title in WAITING and not words and "--all" not in arguments:
-            waiting.append(title)
-            continue
         begin = time.monotonic()
         complaint = execute(title, folder, case, run, **options)
         failed += bool(complaint)
         print("%-36s %8.3f s%s" % (title, time.monotonic() - begin, complaint and "  FAILED: " + complaint), flush=True)
-    for title in waiting:
-        print("%-36s NOT RUN, waits for the native tier: %s" % (title, WAITING[title]))
-    print("%d passed, %d failed, %d not run, %.0f s" % (
-        len(chosen) - failed - len(waiting), failed, len(waiting), time.monotonic() - start))
+    print("%d passed, %d failed, %.0f s" % (len(chosen) - failed, failed, time.monotonic() - start))
     return 1 if failed or not chosen else 0
 
 

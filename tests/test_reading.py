@@ -398,12 +398,3 @@ def test_a_module_through_a_pipe(chase):
     done = subprocess.run([sys.executable, "-IS", SHIM, "run", "--invoke=add", "/dev/stdin", "1", "2"], stdout=subprocess.PIPE,
                           input=chase.read_bytes())
     assert (done.returncode, done.stdout) == (0, b"3\n")
-
-
-def test_the_programs_that_wait_are_named(capsys, monkeypatch):
-    if not run_programs.runs():
-        pytest.skip("no programs in %s" % SHARED)
-    monkeypatch.setattr(run_programs, "execute", lambda *a, **k: "")
-    assert run_programs.main([]) == 0
-    output = capsys.readouterr().out
-    assert all("%s " % title in output for title in run_programs.WAITING) and "0 failed, %d not run" % len(run_programs.WAITING) in output

@@ -1,6 +1,9 @@
 """build_zipapp.py: the archive that is installed."""
 
+import builtins
+import dis
 import hashlib
+import marshal
 import os
 import shutil
 import subprocess
@@ -8,6 +11,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+
+import build_zipapp
 
 PYTHONS = [p for p in (shutil.which("python3.%d" % minor) for minor in range(10, 15)) if p and
            subprocess.run([p, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0]
@@ -40,6 +45,47 @@ def test_runs_under_every_python_with_and_without_compiled_code(tmp_path, python
     shim = build(tmp_path / "shim", *options)
     done = subprocess.run([python, "-IS", str(shim), "--help"], stdout=subprocess.PIPE)
     assert done.returncode == 0 and b"usage:" in done.stdout
+
+
+def globals_of(code):
+    """(names that a code object and those in it read, names that it defines)"""
+    used, defined = set(), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            used.add(instruction.argval)
+        elif instruction.opname in ("STORE_NAME", "STORE_GLOBAL"):
+            defined.add(instruction.argval)
+    for constant in code.co_consts:
+        if hasattr(constant, "co_code"):
+            inner, own = globals_of(constant)
+            used |= inner - own         # a class's names are its own
+    return used, defined
+
+
+def test_each_part_of_the_code_has_all_the_names_that_it_uses():
+    with open(os.path.join(ROOT, "chibishim.py"), "rb") as file:
+        _, code, sizes = build_zipapp.compile_with(sys.executable, file.read())
+    known, start = set(dir(builtins)) | {"__name__", "__file__", "load"}, 0
+    assert len(sizes) == 1 + len(build_zipapp.STAGES)
+    for size in sizes:
+        used, defined = globals_of(marshal.loads(code[start:start + size]))
+        known |= defined
+        assert used - known == set()
+        start += size
+    assert start == len(code)
+
+
+def test_the_engine_and_its_native_tier_are_loaded_when_they_are_needed(tmp_path):
+    shim = build(tmp_path / "shim")
+    done = subprocess.run([str(shim), "run", "--tier=native", os.path.join(ROOT, "tests", "modules", "hello.wasm")], stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, b"Hello, World!\n")
+
+
+def test_a_closed_stdout_leaves_the_exit_status_alone(tmp_path):
+    shim = build(tmp_path / "shim")
+    done = subprocess.run("exec %s run --invoke absent %s >&-" % (shim, os.path.join(ROOT, "tests", "modules", "hello.wasm")), shell=True,
+                          stderr=subprocess.PIPE)
+    assert done.returncode == 134 and b"Traceback" not in done.stderr
 
 
 def test_the_interpreter_can_be_named(tmp_path):
