@@ -7152,14 +7152,20 @@ class Machine:
         self.callback_type = type("NativeCallback", (_ctypes.CFuncPtr,), {
             "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI, "_restype_": long, "_argtypes_": (long,) * 2})
         self.map_code()
-        self.stack_map = mmap.mmap(-1, NATIVE_STACK_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-        self.stack_start = self.address_of(self.stack_map)
-        self.stack = memoryview(self.stack_map)
-        self.bottom = self.top = self.stack_start + NATIVE_STACK_BYTES - 64     # frames go below `top`
+        self.stacks = {}                # of threads
         self.types = {}
         self.signals = self.lost = None     # see hear_signals()
         self.codes = []                 # NativeCode, in the order of their addresses
         self.emit_stubs()
+
+    def stack(self):
+        """The guest's stack for the calling thread. An instance belongs to one thread at a time."""
+        import _thread
+        thread = _thread.get_ident()
+        stack = self.stacks.get(thread)
+        if stack is None:
+            stack = self.stacks[thread] = GuestStack(self)
+        return stack
 
     def address_of(self, mapping):
         byte = type("c_char", (self.ctypes._SimpleCData,), {"_type_": "c"})
@@ -7242,6 +7248,18 @@ class Machine:
         return None
 
 
+class GuestStack:
+    """Where native code has its frames: below `top`, which is at `bottom` while there are none;
+    `view` starts at the address `start`."""
+
+    __slots__ = ("view", "start", "bottom", "top")
+
+    def __init__(self, machine):
+        mapping = mmap.mmap(-1, NATIVE_STACK_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        self.view, self.start = memoryview(mapping), machine.address_of(mapping)
+        self.bottom = self.top = self.start + NATIVE_STACK_BYTES - 64
+
+
 def libc_map(fd, size, protection):
     """mmap(2) of a file that Python cannot give the address of; MAP_SHARED."""
     return libc.mmap(None, size, protection, 1, fd, 0) & MAX_U64
@@ -7294,10 +7312,10 @@ class Context:
         self.sites = []
         self.mirrors = {}
         self.references, self.handles = [None], {}
-        self.pending = None
+        self.pending = self.stack = None
         self.callback = machine.callback_type(self.call_back)
-        for offset, value in ((STACK_LIMIT, machine.stack_start + NATIVE_STACK_MARGIN), (HELPER, machine.helper_address),
-                              (TRAP, machine.trap_address), (CALLBACK, function_address(self.callback))):
+        for offset, value in ((HELPER, machine.helper_address), (TRAP, machine.trap_address),
+                              (CALLBACK, function_address(self.callback))):
             self.write(offset, value)
         if machine.signals:
             self.write(SIGNALS, machine.address_of(machine.signals))
@@ -7350,22 +7368,26 @@ class Context:
     def run(self, code, address, values):
         """Calls native code; `values` are (offset from the arguments, type, value)."""
         machine = self.machine
-        saved = machine.top
+        stack = machine.stack()
+        if stack is not self.stack:
+            self.stack = stack
+            self.write(STACK_LIMIT, stack.start + NATIVE_STACK_MARGIN)
+        saved = stack.top
         base = (saved - max(code.layout.size, TAIL_CALL_BYTES) - 16) & -16
-        if base - code.frame < machine.stack_start + NATIVE_STACK_MARGIN:
+        if base - code.frame < stack.start + NATIVE_STACK_MARGIN:
             raise Exhaustion("call stack exhausted")
-        start = base - machine.stack_start
+        start = base - stack.start
         for offset, type, value in values:
             self.write_value(start + offset, type, value)
-        machine.top = base
+        stack.top = base
         try:
             status = machine.enter(self.address, address, base)
             if status or machine.lost:
                 self.fail(status, base)
             return self.results(code, start)
         finally:
-            machine.top = saved
-            if saved == machine.bottom and self.handles:
+            stack.top = saved
+            if saved == stack.bottom and self.handles:
                 del self.references[1:]
                 self.handles.clear()
 
@@ -7381,7 +7403,7 @@ class Context:
     # Values on the guest's stack. A reference is a number there, 0 for null.
 
     def write_value(self, position, type, value):
-        stack = self.machine.stack
+        stack = self.stack.view
         if type == I32 or type == I64:
             pack_u64_at(stack, position, value)
         elif type == V128:
@@ -7392,7 +7414,7 @@ class Context:
             pack_u64_at(stack, position, self.handle(value))
 
     def read_value(self, position, type, view=None):
-        view = view or self.machine.stack
+        view = view or self.stack.view
         if type == V128:
             return bytes(view[position:position + 16])
         bits = unpack_u64_at(view, position)[0]
@@ -7425,7 +7447,7 @@ class Context:
         for _ in range(MAX_FRAMES):
             if sp >= base:
                 break
-            address = unpack_u64_at(machine.stack, sp - machine.stack_start)[0]
+            address = unpack_u64_at(self.stack.view, sp - self.stack.start)[0]
             if address not in known:
                 known[address] = machine.code_at(address)
             if known[address] is None:
@@ -7438,21 +7460,21 @@ class Context:
 
     def call_back(self, number, sp):
         """What the helper stub calls; `sp` is where the return address is."""
-        machine = self.machine
-        saved, machine.top = machine.top, sp
+        stack = self.stack
+        saved, stack.top = stack.top, sp
         try:
-            if machine.lost:
-                raise machine.lost
+            if self.machine.lost:
+                raise self.machine.lost
             if number < SITES:
-                self.call_function(self.functions[number], sp + 8 - machine.stack_start)
+                self.call_function(self.functions[number], sp + 8 - stack.start)
             else:
-                self.perform(self.sites[number - SITES], sp + 8 - machine.stack_start)
+                self.perform(self.sites[number - SITES], sp + 8 - stack.start)
             return 0
         except BaseException as error:
             self.pending = error
             return 1
         finally:
-            machine.top = saved
+            stack.top = saved
 
     def call_function(self, function, start):
         """Calls a function with the arguments at `start` of the stack, and leaves its results."""
@@ -7478,7 +7500,7 @@ class Context:
             if index is None:
                 self.write_value(start + home, type, R[slot])
             else:
-                pack_u64_at(self.machine.stack, start + home, self.callee(R[slot], a[0], index))
+                pack_u64_at(self.stack.view, start + home, self.callee(R[slot], a[0], index))
 
     def callee(self, function, table, index):
         """The index of a function found in a table, noted in the mirror if it is one of ours."""

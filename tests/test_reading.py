@@ -11,7 +11,6 @@ import time
 import pytest
 
 import chibishim
-import run_programs
 import run_spec
 from chibishim import Instance, Module, Stepwise, Trap, disassemble, instrument
 from conftest import ROOT, SHARED
