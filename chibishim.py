@@ -10182,6 +10182,8 @@ def device_program(rules):
             jump = end - index - 1 if code in (BPF_JNE, BPF_JNE_K) else 0
             out.append(instruction(code, register, source, jump, value or 0))
         out += [instruction(BPF_MOV_K, 0, immediate=int(bool(rule.get("allow")))), instruction(BPF_EXIT)]
+        if not body:                    # it matches everything: the verifier refuses what nothing reaches
+            return b"".join(out)
     return b"".join(out + [instruction(BPF_MOV_K, 0), instruction(BPF_EXIT)])
 
 
