@@ -9750,7 +9750,10 @@ def plan_namespaces(spaces):
     steps = []
     flags = 0
     for name, path in spaces.items():
-        if name == "pid" or name == "user" and not path:
+        if name == "user" and not path:
+            raise ConfigError("config.json: linux.namespaces: a new user namespace is not supported, and without it the "
+                              "container's root would be the host's; remove it, or give the path of one")
+        if name == "pid":
             continue
         if path:
             steps.insert(0 if name == "user" else len(steps), ("join", path, NAMESPACES[name][0]))
@@ -11439,8 +11442,9 @@ class TaskService:
     def start_exec(self, container, process):
         """Forks a process into the container: its namespaces by way of init's."""
         process.io.open()
-        spaces = [name for name in namespaces(container.config) if name not in ("pid", "user")]
-        spaces.sort(key="mount".__eq__)         # the last one: /proc is needed until then
+        spaces = [name for name in namespaces(container.config) if name != "pid"]
+        # user is the first one, for it grants the right to the others; mount the last: /proc is needed until then
+        spaces.sort(key=lambda name: (name == "mount") - (name == "user"))
         pid = container.init.pid
         steps = [("join", "/proc/%d/ns/%s" % (pid, NAMESPACES[name][1]), NAMESPACES[name][0]) for name in spaces]
         steps += plan_process(process.spec)

@@ -6,6 +6,26 @@ import pytest
 
 import chibishim
 
+def config_with(**linux):
+    """A config.json that differs from the usual one in these fields of linux."""
+    config = chibishim.default_config("guest.wasm", [], [], [], False)
+    config["linux"].update(linux)
+    return config
+
+
+def plan_of(**linux):
+    return chibishim.plan(config_with(**linux), "/bundle", "/bundle/rootfs")
+
+
+def namespaces_of(*extra):
+    return [{"type": name} for name in ("pid", "network", "mount", "ipc", "uts")] + list(extra)
+
+
+def test_a_new_user_namespace_is_refused_not_dropped():
+    with pytest.raises(chibishim.ConfigError, match="user namespace"):
+        plan_of(namespaces=namespaces_of({"type": "user"}), uidMappings=[{"containerID": 0, "hostID": 100000, "size": 65536}])
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of cgroups and containers is tested")
 
 
