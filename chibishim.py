@@ -9579,6 +9579,10 @@ PROPAGATION = {
     "private": MS_PRIVATE, "rprivate": MS_PRIVATE | MS_REC, "shared": MS_SHARED, "rshared": MS_SHARED | MS_REC,
     "slave": MS_SLAVE, "rslave": MS_SLAVE | MS_REC, "unbindable": MS_UNBINDABLE, "runbindable": MS_UNBINDABLE | MS_REC,
 }
+NAMESPACED_SYSCTLS = {                  # name below /proc/sys, or its beginning -> namespace: namespaces(7)
+    "net/": "network", "fs/mqueue/": "ipc", "kernel/hostname": "uts", "kernel/domainname": "uts",
+    **{"kernel/" + name: "ipc" for name in "msgmax msgmnb msgmni sem shmall shmmax shmmni shm_rmid_forced".split()},
+}
 REFUSED_MOUNT_OPTIONS = ("idmap", "ridmap", "tmpcopyup", "rro", "loop")
 DEVICE_NODES = (                        # path, type, major, minor: always there
     ("/dev/null", "c", 1, 3), ("/dev/zero", "c", 1, 5), ("/dev/full", "c", 1, 7),
@@ -9718,6 +9722,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
     process = config.get("process") or {}
     spaces = namespaces(config)
     user_namespace = user_namespace or "user" in spaces
+    sysctls = plan_sysctls(linux.get("sysctl") or {}, spaces)
     steps = plan_namespaces(spaces)
     if "mount" in spaces and not spaces["mount"]:
         propagation = linux.get("rootfsPropagation") or "rslave"
@@ -9727,7 +9732,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
         steps += plan_mounts(config, bundle)
         steps += plan_devices(config, user_namespace)
         steps.append(("hooks", "createContainer"))
-        steps += [("sysctl", name, value) for name, value in sorted((linux.get("sysctl") or {}).items())]
+        steps += sysctls
         steps += [("readonly", path) for path in linux.get("readonlyPaths") or ()]
         steps += [("mask", path) for path in linux.get("maskedPaths") or ()]
         if config["root"].get("readonly"):
@@ -9764,6 +9769,25 @@ def plan_namespaces(spaces):
     if "network" in spaces and not spaces["network"]:
         steps.append(("loopback_up",))
     return steps
+
+
+def plan_sysctls(values, spaces):
+    """Kernel parameters, of the container's own namespaces only: all others are the host's."""
+    steps = []
+    for name, value in sorted(values.items()):
+        path = sysctl_path(name)
+        space = next((s for prefix, s in NAMESPACED_SYSCTLS.items() if path == prefix or prefix[-1] == "/" and path.startswith(prefix)), None)
+        if space not in spaces or ".." in path.split("/"):
+            raise ConfigError("config.json: linux.sysctl %s: not in a namespace of the container's own; set it on the host" % name)
+        steps.append(("sysctl", path, value, space))
+    return steps
+
+
+def sysctl_path(name):
+    """A parameter's path below /proc/sys. The first separator decides which of . and / is the
+    separator and which stands for a dot in a name: sysctl.d(5)."""
+    dot, slash = name.find("."), name.find("/")
+    return name.translate({ord("."): "/", ord("/"): "."}) if 0 <= dot and (slash < 0 or dot < slash) else name
 
 
 def plan_mounts(config, bundle):
@@ -10250,7 +10274,7 @@ class ContainerError(Exception):
 class Setup:
     """What the operations share while they run in the child."""
 
-    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted")
+    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "shared")
 
     def __init__(self, cgroup, hooks, limits):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -10260,6 +10284,7 @@ class Setup:
         self.null = -1                  # the host's /dev/null, for masking
         self.limits = limits            # the resource module, if the plan needs it
         self.adopted = False            # the parent that forked us is not the shim
+        self.shared = 0                 # flags of the namespaces that were joined and are the shim's
 
 
 def perform(steps, setup):
@@ -10276,6 +10301,9 @@ def do_join(setup, path, flag):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ContainerError("namespace path %s: %s" % (path, error.strerror)) from None
+    own = next(file for known, file in NAMESPACES.values() if known == flag)
+    if setup and os.fstat(fd).st_ino == os.stat("/proc/self/ns/" + own).st_ino:
+        setup.shared |= flag
     libc.setns(fd, flag)
     os.close(fd)
 
@@ -10462,10 +10490,10 @@ def do_hooks(setup, point):
     setup.hooks(point)
 
 
-def do_sysctl(setup, name, value):
-    if ".." in name or name.startswith("/"):
-        raise OSError(errno.EINVAL, "sysctl %s: no such name" % name)
-    write_text("/proc/sys/" + (name if "/" in name else name.replace(".", "/")), value)
+def do_sysctl(setup, path, value, space):
+    if NAMESPACES[space][0] & setup.shared:
+        raise OSError(errno.EPERM, "%s: the %s namespace is the host's; set it there" % (path, space))
+    write_text("/proc/sys/" + path, value)
 
 
 def open_if_there(setup, path):

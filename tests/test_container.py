@@ -26,6 +26,31 @@ def test_a_new_user_namespace_is_refused_not_dropped():
         plan_of(namespaces=namespaces_of({"type": "user"}), uidMappings=[{"containerID": 0, "hostID": 100000, "size": 65536}])
 
 
+@pytest.mark.parametrize("name, path", [
+    ("kernel.msgmax", "kernel/msgmax"), ("net.ipv4.ip_forward", "net/ipv4/ip_forward"), ("kernel/domainname", "kernel/domainname"),
+    ("net/ipv4/conf/eth0.1/rp_filter", "net/ipv4/conf/eth0.1/rp_filter"), ("fs.mqueue.msg_max", "fs/mqueue/msg_max"),
+    ("net.ipv4.conf.eth0/1.rp_filter", "net/ipv4/conf/eth0.1/rp_filter")])
+def test_parameters_of_own_namespaces_are_set(name, path):
+    assert [step[1:3] for step in plan_of(sysctl={name: "1"}) if step[0] == "sysctl"] == [(path, "1")]
+
+
+@pytest.mark.parametrize("name", [
+    "kernel.panic", "kernel.core_pattern", "vm.overcommit_memory", "kernel.msgmax2", "net/../kernel/panic", "/net/x", "net", ""])
+def test_parameters_of_the_host_are_refused(name):
+    with pytest.raises(chibishim.ConfigError, match="sysctl"):
+        plan_of(sysctl={name: "1"})
+
+
+@pytest.mark.parametrize("name, space", [
+    ("net.ipv4.ip_forward", "network"), ("kernel.shmmax", "ipc"), ("kernel.domainname", "uts")])
+def test_parameters_of_a_namespace_that_is_not_made_are_refused(name, space):
+    spaces = [item for item in namespaces_of() if item["type"] != space]
+    config = config_with(sysctl={name: "1"}, namespaces=spaces)
+    config.pop("hostname")
+    with pytest.raises(chibishim.ConfigError, match="sysctl"):
+        chibishim.plan(config, "/bundle", "/bundle/rootfs")
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of cgroups and containers is tested")
 
 

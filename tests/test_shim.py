@@ -179,6 +179,14 @@ def test_a_restriction_that_is_not_applied_makes_create_fail(bundle):
     bundle.fails(chibishim.NOT_FOUND, "State")
 
 
+def test_a_parameter_of_a_network_that_is_the_hosts_makes_create_fail(bundle):
+    spaces = bundle.config["linux"]["namespaces"]
+    spaces[:] = [dict(space, path="/proc/self/ns/net") if space["type"] == "network" else space for space in spaces]
+    bundle.config["linux"]["sysctl"] = {"net.ipv4.ip_forward": "1"}
+    bundle.start()
+    assert "net/ipv4/ip_forward" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+
+
 def test_the_guest_dies_with_its_shim(bundle):
     pid = bundle.start().create()
     bundle.call("Start")
