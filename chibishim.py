@@ -9986,12 +9986,15 @@ class Cgroup:
             pids = self.pids()
             if not pids:
                 return
-            self.freeze(False)
             for pid in pids:
                 try:
                     os.kill(pid, SIGKILL)
                 except ProcessLookupError:
                     pass
+            try:
+                self.freeze(False)      # version 1's freezer holds even the killed
+            except OSError:
+                pass                    # removed meanwhile
             yield None, 0.005
 
     def remove(self):
@@ -11073,6 +11076,10 @@ class Container:
             raise RpcError(NOT_FOUND, "process %s: not found" % exec_id)
         return self.execs[exec_id]
 
+    def state(self, process):
+        """A process's state: what runs in a paused container is paused."""
+        return PAUSED if self.pause and process.state == RUNNING else process.state
+
 
 class TaskService:
     """The service. `publish(topic, message name, message)` queues an event."""
@@ -11095,7 +11102,7 @@ class TaskService:
         """(container, process) of a request, if the method may touch it in its state."""
         container = self.container(request["id"])
         process = container.process(request.get("exec_id", ""))
-        refusal = REFUSALS.get((method, process.state))
+        refusal = REFUSALS.get((method, container.state(process)))
         if refusal:
             raise RpcError(refusal[0], "%s: %s" % (request["id"], refusal[1]))
         return container, process
@@ -11224,7 +11231,7 @@ class TaskService:
     def Start(self, request):
         container, process = self.find(request, "Start")
         if process.id:
-            if container.init.state not in (CREATED, RUNNING):
+            if container.state(container.init) not in (CREATED, RUNNING):
                 raise RpcError(FAILED_PRECONDITION, "%s: the container is not running" % container.id)
             try:
                 yield from self.start_exec(container, process)
@@ -11345,10 +11352,7 @@ class TaskService:
     def State(self, request):
         container = self.container(request["id"])
         process = container.process(request["exec_id"])
-        state = process.state
-        if container.pause and state == RUNNING:
-            state = PAUSED
-        return {"id": container.id, "bundle": container.bundle, "pid": process.pid, "status": state,
+        return {"id": container.id, "bundle": container.bundle, "pid": process.pid, "status": container.state(process),
                 "exit_status": process.exit_status, "exited_at": process.exited_at, "exec_id": process.id,
                 **process.io.names}
 
@@ -11401,6 +11405,8 @@ class TaskService:
                 signal = SIGKILL
         if not send_signal(process, signal):
             raise RpcError(NOT_FOUND, "%s: process already finished" % container.id)
+        if signal == SIGKILL and container.pause:
+            self.freeze(container, False)       # version 1's freezer holds even the killed
         return {}
 
     def Pause(self, request):
@@ -11414,9 +11420,7 @@ class TaskService:
         return {}
 
     def Resume(self, request):
-        container = self.container(request["id"])
-        if not container.pause:
-            raise RpcError(FAILED_PRECONDITION, "%s: the container is not paused" % container.id)
+        container, _ = self.find(request, "Resume")
         self.freeze(container, False)
         self.publish("/tasks/resumed", "TaskResumed", {"container_id": container.id})
         return {}
@@ -11617,9 +11621,9 @@ def in_user_namespace():
 
 def record_init(bundle, container):
     """Writes what `delete` needs if the shim dies: init's pid and start time, the cgroup's
-    directories. Written before the child does anything that would need undoing."""
+    controllers and their directories. Written before the child does anything that would need undoing."""
     lines = ["%d %s" % (container.init.pid, process_start_time(container.init.pid))]
-    lines += container.cgroup.paths() if container.cgroup else []
+    lines += ["%s %s" % pair for pair in container.cgroup.directories.items()] if container.cgroup else []
     write_text(os.path.join(bundle, "init.pid"), "\n".join(lines) + "\n")
 
 
@@ -12209,11 +12213,11 @@ def shim_delete(flags):
     if lines:
         pid, _, start = lines[0].partition(" ")
         pid = int(pid)
-        cgroup = Cgroup({str(index): path for index, path in enumerate(lines[1:])})
+        cgroup = Cgroup(dict(line.split(" ", 1) for line in lines[1:]))
+        for _ in cgroup.kill():         # first, as it thaws a paused container
+            time.sleep(0.005)
         if str(process_start_time(pid)) == start:
             kill_process(pid)
-        for _ in cgroup.kill():
-            time.sleep(0.005)
         for _ in range(100):
             if cgroup.remove():
                 break

@@ -133,6 +133,42 @@ def test_what_a_state_does_not_allow_is_refused(bundle):
     bundle.fails(chibishim.NOT_FOUND, "Kill", signal=9)
 
 
+def test_what_a_paused_container_does_not_allow_is_refused(bundle):
+    bundle.start().create()
+    bundle.call("Start")
+    spec = {"value": json.dumps(dict(bundle.config["process"], args=["/guest.wasm", "exit"])).encode()}
+    bundle.call("Exec", exec_id="before", spec=spec)
+    bundle.call("Pause")
+    assert bundle.call("State")["status"] == chibishim.PAUSED
+    for method, message in (("Pause", {}), ("Start", {}), ("Delete", {}), ("Exec", {"exec_id": "x", "spec": spec}),
+                            ("Start", {"exec_id": "before"})):
+        bundle.fails(chibishim.FAILED_PRECONDITION, method, **message)
+    bundle.call("Resume")
+    bundle.fails(chibishim.FAILED_PRECONDITION, "Resume")
+    bundle.call("Start", exec_id="before")
+    assert bundle.call("Wait", exec_id="before")["exit_status"] == 7
+
+
+def test_kill_ends_a_paused_container(bundle):
+    bundle.start().create()
+    bundle.call("Start")
+    bundle.call("Pause")
+    bundle.call("Kill", signal=9)
+    assert bundle.call("Wait")["exit_status"] == 137
+    assert bundle.call("Delete")["exit_status"] == 137
+
+
+def test_delete_ends_a_paused_container_whose_shim_was_killed(bundle):
+    pid = bundle.start().create()
+    bundle.call("Start")
+    bundle.call("Pause")
+    os.kill(bundle.call("Connect")["shim_pid"], 9)
+    began = time.monotonic()
+    assert bundle.command("delete").returncode == 0
+    assert time.monotonic() - began < 1
+    assert not os.path.exists("/proc/%d" % pid) or open("/proc/%d/stat" % pid).read().split(") ")[1][0] == "Z"
+
+
 def test_every_waiter_is_answered_and_nobody_waits_meanwhile(bundle):
     bundle.start().create()
     bundle.call("Start")
