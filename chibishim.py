@@ -10842,7 +10842,7 @@ class Process:
     """The init process of a container, or a further one made by Exec."""
 
     __slots__ = ("id", "pid", "pidfd", "state", "exit_status", "exited_at", "exited", "io", "spec", "status", "gate",
-                 "kind", "killed", "started")
+                 "kind", "killed", "started", "announced")
 
     def __init__(self, id, io):
         self.id = id                    # exec id; "" for init
@@ -10859,6 +10859,7 @@ class Process:
         self.kind = b""                 # b"W" or b"N"
         self.killed = 0                 # the signal that SIGKILL stands for
         self.started = None             # Event: Start, once called, has published its event
+        self.announced = False          # containerd has heard of it, and so will of its exit
 
     def close(self):
         """Closes the descriptors that belong to the process's life."""
@@ -11129,6 +11130,7 @@ class TaskService:
             del self.containers[id]
             raise RpcError(UNKNOWN_ERROR, "create container %s: %s" % (id, text)) from None
         names = container.init.io.names
+        container.init.announced = True
         self.publish("/tasks/create", "TaskCreate", {
             "container_id": id, "bundle": container.bundle, "rootfs": request["rootfs"], "io": names, "pid": container.init.pid})
         return {"pid": container.init.pid}
@@ -11257,6 +11259,7 @@ class TaskService:
         if process.kind == b"N":
             yield from self.await_exec(container, process)
         if process.id:
+            process.announced = True
             self.publish("/tasks/exec-started", "TaskExecStarted", {
                 "container_id": container.id, "exec_id": process.id, "pid": process.pid})
         else:
@@ -11302,7 +11305,7 @@ class TaskService:
         if process.pidfd >= 0:
             os.close(process.pidfd)
             process.pidfd = -1
-        if self.containers.get(container.id) is container and container.init.kind:
+        if self.containers.get(container.id) is container and process.announced:
             self.publish("/tasks/exit", "TaskExit", {
                 "container_id": container.id, "id": process.id or container.id, "pid": process.pid,
                 "exit_status": status, "exited_at": exited_at})

@@ -135,6 +135,19 @@ def test_events_come_in_order(daemon, id):
     assert topics == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
 
 
+@pytest.mark.parametrize("program", ["/no/such", "/notes.txt"])
+def test_an_exec_that_fails_to_start_never_exits(daemon, native, id, program):
+    daemon.ctr("run", "-d", "--runtime", RUNTIME, NATIVE, id, "/bin/busybox", "sleep", "1000", check=True)
+    watcher = daemon.popen("events")
+    time.sleep(0.5)
+    assert daemon.ctr("task", "exec", "--exec-id", "x1", id, program).returncode
+    daemon.ctr("task", "delete", "-f", id)
+    time.sleep(0.5)
+    watcher.terminate()
+    topics = [word for word in watcher.communicate()[0].decode().split() if word.startswith("/tasks/")]
+    assert topics == ["/tasks/exec-added", "/tasks/exit", "/tasks/delete"]         # the exit is init's
+
+
 def test_metrics_tell_of_memory_and_processes(daemon, id):
     start(daemon, id, "z")
     text = daemon.ctr("task", "metrics", id, check=True).stdout.decode()
