@@ -5276,12 +5276,13 @@ class X64:
         self.code += pack_i32(exit - len(self.code) - 4)
 
     def helper_stub(self, host_stack, callback, trap, pending):
-        """Native code calls it with a number in eax: calls callback(number, stack) on the host's
-        stack, then traps with the status `pending` or returns what the callback left in
+        """Native code calls it with a number in eax: calls callback(number, stack, host's stack) on
+        the latter, then traps with the status `pending` or returns what the callback left in
         the first argument's place."""
         self.move(self.RDI, self.RAX)
         self.move(self.RSI, self.RSP)
         self.load(self.RSP, self.CONTEXT, host_stack)
+        self.move(self.RDX, self.RSP)
         self.push(self.RSI)
         self.register(0x81, 1, 5, self.RSP)         # aligned: the entry pushed seven and a return address
         self.code += pack_i32(8)
@@ -5843,6 +5844,7 @@ class A64:
         self.word(0x910003EF)                                                   # mov x15, sp
         self.load(17, self.CONTEXT, host_stack)
         self.word(0x9100023F)                                                   # mov sp, x17
+        self.move(2, 17)
         self.word(0xF81F0FEF)                                                   # str x15, [sp, -16]!
         self.load(17, self.CONTEXT, callback)
         self.word(0xD63F0000 | 17 << 5)
@@ -5933,7 +5935,7 @@ def logical_immediate(value, bits):
 #
 # Code lies in a memfd that is mapped twice, to be written and to be executed.
 
-SIGXFSZ = 25
+SIGXFSZ, RLIMIT_STACK = 25, 3
 NATIVE_STACK_BYTES = 1 << 24
 NATIVE_STACK_MARGIN = 1 << 16       # for signal frames, and for frames that are not checked
 NATIVE_CODE_BYTES = 1 << 26
@@ -7150,7 +7152,8 @@ class Machine:
         self.function_type = type("NativeFunction", (_ctypes.CFuncPtr,), {
             "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI, "_restype_": long, "_argtypes_": (long,) * 3})
         self.callback_type = type("NativeCallback", (_ctypes.CFuncPtr,), {
-            "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI, "_restype_": long, "_argtypes_": (long,) * 2})
+            "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI, "_restype_": long, "_argtypes_": (long,) * 3})
+        self.process = os.getpid()      # in a fork of it, the code's pages are still the parent's
         self.map_code()
         self.stacks = {}                # of threads
         self.types = {}
@@ -7175,7 +7178,10 @@ class Machine:
         """One memfd, mapped to be written and to be executed: no page is ever both."""
         import _signal
         fd = os.memfd_create("chibishim-code", os.MFD_CLOEXEC)
-        old = _signal.signal(SIGXFSZ, _signal.SIG_IGN)      # a limit on the size of files is no reason to die
+        try:
+            old = _signal.signal(SIGXFSZ, _signal.SIG_IGN)      # a limit on the size of files is no reason to die
+        except ValueError:
+            old = None                  # not in the main thread, where there may be no such limit
         try:
             os.ftruncate(fd, NATIVE_CODE_BYTES)
             self.code_map = mmap.mmap(fd, NATIVE_CODE_BYTES)
@@ -7183,7 +7189,8 @@ class Machine:
         except (OSError, ValueError) as error:
             raise Unsupported("no executable memory: %s" % error) from None
         finally:
-            _signal.signal(SIGXFSZ, old)
+            if old is not None:
+                _signal.signal(SIGXFSZ, old)
             os.close(fd)
         self.code_used, self.flush = 0, None
 
@@ -7250,14 +7257,31 @@ class Machine:
 
 class GuestStack:
     """Where native code has its frames: below `top`, which is at `bottom` while there are none;
-    `view` starts at the address `start`."""
+    `view` starts at the address `start`. Callbacks may go `host_bytes` down the host's stack
+    from `host_top`, where the first of them was."""
 
-    __slots__ = ("view", "start", "bottom", "top")
+    __slots__ = ("view", "start", "bottom", "top", "host_top", "host_bytes")
 
     def __init__(self, machine):
         mapping = mmap.mmap(-1, NATIVE_STACK_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         self.view, self.start = memoryview(mapping), machine.address_of(mapping)
         self.bottom = self.top = self.start + NATIVE_STACK_BYTES - 64
+        self.host_top, self.host_bytes = 0, host_stack_bytes(machine.ctypes) // 2
+
+
+def host_stack_bytes(_ctypes):
+    """The size of this thread's stack, or less: getrlimit(2) tells the main thread's, which the
+    GNU C library makes the others' too; in others there may be as few as 128 KiB."""
+    import _thread
+    if _thread.get_native_id() != os.getpid():
+        try:
+            os.confstr("CS_GNU_LIBC_VERSION")
+        except (OSError, ValueError):
+            return 1 << 17
+    long = type("c_long", (_ctypes._SimpleCData,), {"_type_": "l"})
+    limits = type("rlimit", (_ctypes.Array,), {"_type_": long, "_length_": 2})()
+    libc.getrlimit(RLIMIT_STACK, limits)
+    return min(int.from_bytes(memoryview(limits).tobytes()[:8], "little"), 1 << 23)
 
 
 def libc_map(fd, size, protection):
@@ -7381,15 +7405,20 @@ class Context:
             self.write_value(start + offset, type, value)
         stack.top = base
         try:
-            status = machine.enter(self.address, address, base)
+            try:
+                status = machine.enter(self.address, address, base)
+            except machine.ctypes.ArgumentError:        # what becomes of a RecursionError
+                raise Exhaustion("call stack exhausted") from None
             if status or machine.lost:
                 self.fail(status, base)
             return self.results(code, start)
         finally:
             stack.top = saved
-            if saved == stack.bottom and self.handles:
-                del self.references[1:]
-                self.handles.clear()
+            if saved == stack.bottom:
+                stack.host_top = 0
+                if self.handles:
+                    del self.references[1:]
+                    self.handles.clear()
 
     def results(self, code, start):
         """The results of native code that returned."""
@@ -7458,11 +7487,15 @@ class Context:
 
     # -- from native code to Python --
 
-    def call_back(self, number, sp):
+    def call_back(self, number, sp, host):
         """What the helper stub calls; `sp` is where the return address is."""
         stack = self.stack
         saved, stack.top = stack.top, sp
         try:
+            if not stack.host_top:
+                stack.host_top = host
+            elif stack.host_top - host > stack.host_bytes:
+                raise Exhaustion("call stack exhausted")
             if self.machine.lost:
                 raise self.machine.lost
             if number < SITES:
@@ -7601,7 +7634,7 @@ class Tier:
     @staticmethod
     def ready():
         """The process's Machine; raises Unsupported."""
-        if Tier.machine is None:
+        if Tier.machine is None or Tier.machine.process != os.getpid():
             if Tier.refusal:
                 raise Unsupported(Tier.refusal)
             try:
@@ -7620,6 +7653,8 @@ def compile_function(machine, function, locals):
     context = instance.context
     if context is None:
         context = instance.context = Context(machine, instance)
+    elif context.machine is not machine:
+        raise Unsupported("the process was forked")
     compiler = Compiler(context, function, locals)
     code = compiler.compile()
     start = machine.place(code)
@@ -8961,6 +8996,7 @@ def shutdown_how(how):
 
 # -- commands --
 
+RECURSION_LIMIT = 20000                 # of Python's frames; where guests nest calls, the stack is measured
 EXIT_TRAP = 134                         # 128 + SIGABRT, as an aborted program
 
 
@@ -8973,6 +9009,7 @@ def run_command(data, arguments, environment, preopens, function="_start", prelo
     writes every instruction to stderr; after `fuel` instructions or `timeout` seconds the
     guest traps. `tier` is one of MODES."""
     default_signals()
+    sys.setrecursionlimit(RECURSION_LIMIT)
     translator = instrument(report if trace else None, fuel and [fuel, fuel]) if trace or fuel else None
     wasi = Wasi(arguments, environment, preopens, listeners)
     imports = {"wasi_snapshot_preview1": wasi.imports()}
