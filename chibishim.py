@@ -7686,6 +7686,18 @@ def choose_tier(mode):
     return Tier(mode) if mode != "interpreter" and os.uname().machine in NATIVE_MACHINES else None
 
 
+def native_status():
+    """Whether hot functions are compiled here, for people."""
+    if Module.tier is None:
+        return "no: %s" % ("CHIBISHIM_TIER says so" if os.uname().machine in NATIVE_MACHINES else
+                           "no assembler for " + os.uname().machine)
+    try:
+        Tier.ready()
+    except Unsupported as error:
+        return "no: %s" % error
+    return "yes, %s" % os.uname().machine
+
+
 Module.tier = choose_tier(os.environ.get("CHIBISHIM_TIER", "auto"))
 
 
@@ -11803,7 +11815,8 @@ def shim_main(words):
     """The command line of containerd's shims; returns the exit status."""
     flags, rest = parse_flags(words)
     if flags.get("v") or flags.get("version"):
-        sys.stdout.write("containerd-shim-chibiwasm-v1:\n  Version:  %s\n  Python:   %s\n" % (VERSION, sys.version.split()[0]))
+        sys.stdout.write("containerd-shim-chibiwasm-v1:\n  Version:  %s\n  Python:   %s\n  Native:   %s\n" % (
+            VERSION, sys.version.split()[0], native_status()))
         return 0
     if flags.get("info"):
         info = encode("RuntimeInfo", {"name": "io.containerd.chibiwasm.v1", "version": {"version": VERSION}})
@@ -12662,6 +12675,7 @@ def command_inspect(words):
 def describe(module, path):
     """Yields lines on imports, exports and custom sections."""
     yield "%s: %d bytes, %d functions, %d imported" % (path, len(module.data), len(module.functions), module.imported_functions)
+    yield "native   %s" % native_status()
     for item in module.imports:
         yield "import  %-8s %s.%s" % (item.kind, item.module, item.name)
     for name, (kind, index) in module.exports.items():
