@@ -143,7 +143,10 @@ def compile_with(python, source):
     done = subprocess.run([python, "-IS", "-X", "no_debug_ranges", "-c", COMPILE, *map(",".join, STAGES)], input=source,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
-        raise OSError(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        if last.startswith("SyntaxError"):
+            sys.exit("build_zipapp: chibishim.py, by %s: %s" % (python, last))
+        raise OSError(last)
     head, code = done.stdout.split(b"\n", 1)
     magic, *sizes = head.decode().split()
     return magic, code, list(map(int, sizes))

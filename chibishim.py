@@ -9772,6 +9772,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
     spaces = namespaces(config)
     user_namespace = user_namespace or "user" in spaces
     sysctls = plan_sysctls(linux.get("sysctl") or {}, spaces)
+    hook_steps = [("sync",), ("hooks", "createContainer")] if config.get("hooks") else []
     steps = plan_namespaces(spaces)
     if "mount" in spaces and not spaces["mount"]:
         propagation = linux.get("rootfsPropagation") or "rslave"
@@ -9780,7 +9781,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
         steps.append(("prepare_root", rootfs, PROPAGATION[propagation]))
         steps += plan_mounts(config, bundle)
         steps += plan_devices(config, user_namespace)
-        steps.append(("hooks", "createContainer"))
+        steps += hook_steps
         steps += sysctls
         steps += [("readonly", path) for path in linux.get("readonlyPaths") or ()]
         steps += [("mask", path) for path in linux.get("maskedPaths") or ()]
@@ -9788,7 +9789,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
             steps.append(("readonly_root", rootfs))
         steps.append(("pivot_root", rootfs))
     elif "mount" in spaces:
-        steps.append(("chroot", rootfs))
+        steps += hook_steps + [("chroot", rootfs)]
     else:
         raise ConfigError("config.json: linux.namespaces: a container without a mount namespace would share the host's mounts")
     for name, space in (("hostname", "uts"), ("domainname", "uts")):
@@ -10309,8 +10310,9 @@ def buffer_address(memory, _ctypes):
 # chapter 18, looks at its payload, says "ready" and waits for Start on a pipe. The
 # shim's death closes the pipe and the kernel kills the child (PR_SET_PDEATHSIG), so
 # no half-made container outlives its shim. What the child sends on the status pipe:
-# b"W" or b"N" (a Wasm or native payload, ready), b"N…" then nothing more at exec, or
-# b"E" and the text of an error.
+# b"R" (all is mounted: the shim's hooks, please), b"W" or b"N" (a Wasm or native
+# payload, ready), b"E" and the text of an error, or the end when the guest runs. The
+# shim answers R, and tells that Start has come, with the child's pid as it numbers it.
 
 WASM_MAGIC = b"\0asm"
 WASM_MODULE, WASM_COMPONENT = b"\0asm\1\0\0\0", b"\0asm\x0d\0\1\0"
@@ -10326,17 +10328,20 @@ class ContainerError(Exception):
 class Setup:
     """What the operations share while they run in the child."""
 
-    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "shared")
+    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "shared", "status", "gate", "pid")
 
-    def __init__(self, cgroup, hooks, limits):
+    def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
         self.rootfs = "/"
         self.cgroup = cgroup
-        self.hooks = hooks              # a function that runs the hooks of a point
+        self.hooks = hooks              # a function that runs the hooks of a point; None in an exec
         self.null = -1                  # the host's /dev/null, for masking
         self.limits = limits            # the resource module, if the plan needs it
         self.adopted = False            # the parent that forked us is not the shim
         self.shared = 0                 # flags of the namespaces that were joined and are the shim's
+        self.status = status            # write end of the pipe to the shim
+        self.gate = gate                # read end of the pipe from it
+        self.pid = 0                    # ours, as the shim numbers it
 
 
 def perform(steps, setup):
@@ -10538,8 +10543,22 @@ def do_symlink(setup, target, path):
         os.close(parent)
 
 
+def do_sync(setup):
+    os.write(setup.status, b"R")
+    await_shim(setup)
+
+
+def await_shim(setup):
+    """Waits for the shim's word, which is our pid; without one it has gone or given us up."""
+    word = os.read(setup.gate, 4)
+    if not word:
+        os._exit(255)
+    setup.pid, = struct.unpack("=i", word)
+
+
 def do_hooks(setup, point):
-    setup.hooks(point)
+    if setup.hooks:
+        setup.hooks(point, setup.pid)
 
 
 def do_sysctl(setup, path, value, space):
@@ -10682,7 +10701,7 @@ def do_no_new_privs(setup):
 
 OPERATIONS = {function.__name__[3:]: function for function in (
     do_join, do_unshare, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink,
-    do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_chroot, do_hostname,
+    do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_chroot, do_hostname,
     do_domainname, do_rlimit, do_oom_score_adj, do_bounding, do_identity, do_cwd, do_capabilities,
     do_no_new_privs)}
 
@@ -10771,9 +10790,8 @@ def reset_signals():
     _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
 
 
-def container_child(process, steps, setup, stdio, status, gate, start_hooks, terminal):
-    """The life of the forked child; never returns. `stdio` are three descriptors, `status`
-    the write end of the pipe to the shim, `gate` the read end of the pipe from it."""
+def container_child(process, steps, setup, stdio, terminal):
+    """The life of the forked child; never returns. `stdio` are three descriptors."""
     code = 255
     try:
         reset_signals()
@@ -10784,18 +10802,17 @@ def container_child(process, steps, setup, stdio, status, gate, start_hooks, ter
             os.dup2(fd, target)
         if terminal:
             fcntl.ioctl(0, TIOCSCTTY, 0)
-        status, gate = fcntl.fcntl(status, fcntl.F_DUPFD_CLOEXEC, 3), fcntl.fcntl(gate, fcntl.F_DUPFD_CLOEXEC, 3)
-        close_all_but(0, 1, 2, status, gate)
+        close_all_but(0, 1, 2, setup.status, setup.gate)
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         if setup.cgroup:
             setup.cgroup.enter()
-        code = container_main(process, steps, setup, status, gate, start_hooks)
+        code = container_main(process, steps, setup)
     except (ContainerError, ConfigError) as error:
-        send_error(status, str(error))
+        send_error(setup.status, str(error))
     except OSError as error:
-        send_error(status, str(error.strerror or error))
+        send_error(setup.status, str(error.strerror or error))
     except Exception as error:          # a defect of this module: named, not hidden
-        send_error(status, "internal error: %s: %s" % (error.__class__.__name__, error))
+        send_error(setup.status, "internal error: %s: %s" % (error.__class__.__name__, error))
     os._exit(code)
 
 
@@ -10807,17 +10824,16 @@ def send_error(status, text):
         pass
 
 
-def container_main(process, steps, setup, status, gate, start_hooks):
+def container_main(process, steps, setup):
     """Set-up, waiting for Start, and the guest's run; returns the exit status."""
     perform(steps, setup)
     kind, program, function = load_payload(process)
-    os.write(status, kind[:1].upper().encode())
+    os.write(setup.status, kind[:1].upper().encode())
     module = None
     if kind == "wasm":
         module = early_module(program)  # while containerd makes up its mind
-    if not os.read(gate, 1):
-        return 255                      # the shim has gone or deletes us
-    start_hooks()
+    await_shim(setup)
+    do_hooks(setup, "startContainer")
     environment = process.get("env") or []
     libc.prctl(PR_SET_PDEATHSIG, 0 if kind == "native" else SIGKILL, 0, 0, 0)
     if kind == "native":
@@ -10825,8 +10841,8 @@ def container_main(process, steps, setup, status, gate, start_hooks):
             os.execve(program, process["args"], dict(pair.split("=", 1) for pair in environment if "=" in pair))
         except OSError as error:
             raise ContainerError("exec %s: %s" % (program, error.strerror.lower())) from None
-    os.close(status)
-    os.close(gate)
+    os.close(setup.status)
+    os.close(setup.gate)
     return run_command(module or program, process["args"], environment, [("/", "/")], function)
 
 
@@ -10891,7 +10907,7 @@ class Process:
     """The init process of a container, or a further one made by Exec."""
 
     __slots__ = ("id", "pid", "pidfd", "state", "exit_status", "exited_at", "exited", "io", "spec", "status", "gate",
-                 "kind", "killed", "started", "announced")
+                 "kind", "killed", "started", "announced", "heard")
 
     def __init__(self, id, io):
         self.id = id                    # exec id; "" for init
@@ -10905,6 +10921,7 @@ class Process:
         self.spec = None                # an exec's OCI process
         self.status = -1                # read end of the child's status pipe
         self.gate = -1                  # write end of the pipe that the child waits on
+        self.heard = b""                # of what the child said on the status pipe, the rest
         self.kind = b""                 # b"W" or b"N"
         self.killed = 0                 # the signal that SIGKILL stands for
         self.started = None             # Event: Start, once called, has published its event
@@ -11207,9 +11224,12 @@ class TaskService:
         pid_namespace = namespaces(config).get("pid")
         self.fork(container, init, spec, steps, pid_namespace)
         record_init(bundle, container)
-        yield from self.run_hooks(container, "prestart", "creating")
-        yield from self.run_hooks(container, "createRuntime", "creating")
-        init.kind = yield from self.read_status(init)
+        if config.get("hooks"):
+            yield from self.hear(init)  # b"R"
+            yield from self.run_hooks(container, "prestart", "creating")
+            yield from self.run_hooks(container, "createRuntime", "creating")
+            self.answer(init)
+        init.kind = yield from self.hear(init)
 
     def make_cgroup(self, container, userns):
         """The container's Cgroup with its limits in force, or None where a user namespace
@@ -11240,11 +11260,10 @@ class TaskService:
                 enter_pid_namespace(pid_namespace)
             pid = fork_grandchild(pid_namespace) if two_steps else os.fork()
             if not pid:
-                hooks = HookRunner(container, "creating")
-                setup = Setup(container.cgroup, hooks.run, limits)
+                hooks = None if process.id else lambda point, pid: run_hooks_here(container, point, pid)
+                setup = Setup(container.cgroup, hooks, limits, child_status, child_gate)
                 setup.adopted = two_steps
-                container_child(spec, steps, setup, process.io.child, child_status, child_gate,
-                                lambda: hooks.run("startContainer"), process.io.names["terminal"])
+                container_child(spec, steps, setup, process.io.child, process.io.names["terminal"])
         finally:
             if own >= 0:
                 libc.setns(own, CLONE_NEWPID)
@@ -11257,27 +11276,38 @@ class TaskService:
         self.children[pid] = lambda code: self.loop.spawn(self.on_exit(container, process, code))
         process.io.forked(self.loop)
 
-    def read_status(self, process):
-        """The child's report: b"W" or b"N"; ContainerError with its text if it failed."""
-        data = b""
+    def hear_more(self, process):
+        """Adds to what was heard of the child; b"" at the end."""
         while True:
             try:
                 piece = os.read(process.status, 4096)
             except BlockingIOError:
                 yield readable(process.status)
                 continue
-            data += piece
-            if data[:1] in (b"W", b"N") and data[1:2] != b"E":
-                return data[:1]
-            if not piece:
-                if data[:1] == b"E":
-                    raise ContainerError(data[1:].decode("utf-8", "replace"))
-                raise ContainerError("the container's process died before it was ready")
+            process.heard += piece
+            return piece
+
+    def hear(self, process):
+        """The child's next letter; ContainerError with its text if it failed."""
+        while process.heard[:1] in (b"", b"E"):
+            if not (yield from self.hear_more(process)):
+                raise ContainerError(process.heard[1:].decode("utf-8", "replace") or
+                                     "the container's process died before it was ready")
+        letter, process.heard = process.heard[:1], process.heard[1:]
+        return letter
+
+    def answer(self, process):
+        """Lets the child go on. False if it has died, of what its status pipe tells."""
+        try:
+            os.write(process.gate, struct.pack("=i", process.pid))
+            return True
+        except BrokenPipeError:
+            return False
 
     def run_hooks(self, container, point, state):
         """Runs the hooks of a point from the shim, in the host's namespaces."""
         for hook in (container.config.get("hooks") or {}).get(point) or ():
-            yield from run_hook(hook, hook_state(container, state), point, self.children)
+            yield from run_hook(hook, hook_state(container, state, container.init.pid), point, self.children)
 
     def Start(self, request):
         container, process = self.find(request, "Start")
@@ -11301,12 +11331,9 @@ class TaskService:
 
     def release(self, container, process):
         """Start's second half: the guest runs from here on."""
-        try:
-            os.write(process.gate, b"s")
-        except BrokenPipeError:
-            raise RpcError(FAILED_PRECONDITION, "%s: the process has died" % container.id) from None
-        if process.kind == b"N":
-            yield from self.await_exec(container, process)
+        if not self.answer(process):
+            raise RpcError(FAILED_PRECONDITION, "%s: the process has died" % container.id)
+        yield from self.await_guest(container, process)
         if process.id:
             process.announced = True
             self.publish("/tasks/exec-started", "TaskExecStarted", {
@@ -11319,20 +11346,12 @@ class TaskService:
                 log("poststart: %s" % error)
         return {"pid": process.pid}
 
-    def await_exec(self, container, process):
-        """A native program's execve(2) closes the status pipe; an error comes through it."""
-        data = b""
-        while True:
-            try:
-                piece = os.read(process.status, 4096)
-            except BlockingIOError:
-                yield readable(process.status)
-                continue
-            data += piece
-            if not piece:
-                break
-        if data[:1] == b"E":
-            raise RpcError(UNKNOWN_ERROR, "start %s: %s" % (container.id, data[1:].decode("utf-8", "replace")))
+    def await_guest(self, container, process):
+        """execve(2), or a module's first instruction, closes the status pipe; an error comes through it."""
+        while (yield from self.hear_more(process)):
+            pass
+        if process.heard:
+            raise RpcError(UNKNOWN_ERROR, "start %s: %s" % (container.id, process.heard[1:].decode("utf-8", "replace")))
 
     def on_exit(self, container, process, code):
         """A task for the end of a process: its output is read to the end, its state complete,
@@ -11398,6 +11417,8 @@ class TaskService:
             yield from self.run_hooks(container, "poststop", "stopped")
         except ContainerError as error:
             log("poststop: %s" % error)
+        if not container.cgroup or container.cgroup.remove():
+            forget_init(container.bundle)
 
     # --- questions ---
 
@@ -11534,7 +11555,7 @@ class TaskService:
         steps += plan_process(process.spec)
         pid_namespace = "/proc/%d/ns/pid" % pid if "pid" in namespaces(container.config) else None
         self.fork(container, process, process.spec, steps, pid_namespace)
-        process.kind = yield from self.read_status(process)
+        process.kind = yield from self.hear(process)
 
     def Checkpoint(self, request):
         raise RpcError(UNIMPLEMENTED, "checkpoint is not supported: a Wasm engine's state is not for CRIU")
@@ -11679,18 +11700,32 @@ def record_init(bundle, container):
     write_text(os.path.join(bundle, "init.pid"), "\n".join(lines) + "\n")
 
 
-def hook_state(container, status):
+def forget_init(bundle):
+    """All is undone: nothing is left for `delete`."""
+    try:
+        os.unlink(os.path.join(bundle, "init.pid"))
+    except OSError:
+        pass
+
+
+def hook_state(container, status, pid):
     """The state of the container as hooks get it on stdin (runtime specification, State)."""
     return {"ociVersion": container.config.get("ociVersion") or "1.0.2", "id": container.id, "status": status,
-            "pid": container.init.pid or os.getpid(), "bundle": container.bundle,
-            "annotations": container.config.get("annotations") or {}}
+            "pid": pid, "bundle": container.bundle, "annotations": container.config.get("annotations") or {}}
+
+
+def to_json(value):
+    """A value's JSON text. The C encoder alone: a hook may run where nothing may be imported,
+    as the files there are the container's."""
+    from _json import encode_basestring_ascii, make_encoder
+    return "".join(make_encoder(None, None, encode_basestring_ascii, None, ": ", ", ", False, False, False)(value, 0))
 
 
 def spawn_hook(hook, state):
-    """Forks a hook; returns (pid, pidfd). Its stdin is the state, from a file without a name."""
-    import json
-    fd = os.memfd_create("state", 0)
-    os.write(fd, json.dumps(state).encode())
+    """Forks a hook; returns (pid, pidfd, what it writes to stderr). Its stdin is the state;
+    both are files without a name."""
+    fd, errors = os.memfd_create("state", 0), os.memfd_create("stderr", 0)
+    os.write(fd, to_json(state).encode())
     os.lseek(fd, 0, os.SEEK_SET)
     pid = os.fork()
     if not pid:
@@ -11699,27 +11734,30 @@ def spawn_hook(hook, state):
             os.dup2(fd, 0)
             null = os.open("/dev/null", os.O_WRONLY)
             os.dup2(null, 1)
-            os.dup2(null, 2)
+            os.dup2(errors, 2)
             close_all_but(0, 1, 2)
             os.execve(hook["path"], hook.get("args") or [hook["path"]],
                       dict(pair.split("=", 1) for pair in hook.get("env") or () if "=" in pair))
         finally:
             os._exit(127)
     os.close(fd)
-    return pid, os.pidfd_open(pid)
+    return pid, os.pidfd_open(pid), errors
 
 
-def hook_failed(hook, point, code):
-    """The error of a hook that ended with a wait status, None for success."""
+def check_hook(hook, point, code, errors):
+    """ContainerError for a hook that ended with another wait status than 0, with the end of
+    what it wrote to stderr; None says that it had to be ended."""
+    text = os.pread(errors, 500, max(0, os.fstat(errors).st_size - 500)).decode("utf-8", "replace").strip()
+    os.close(errors)
     if code == 0:
-        return None
+        return
     reason = "timed out" if code is None else "signal %d" % (code & 0x7F) if code & 0x7F else "exit status %d" % (code >> 8)
-    return ContainerError("%s hook %s: %s" % (point, hook["path"], reason))
+    raise ContainerError("%s hook %s: %s%s" % (point, hook["path"], reason, text and ": " + text))
 
 
 def run_hook(hook, state, point, children):
     """A task of the shim's loop that runs one hook."""
-    pid, pidfd = spawn_hook(hook, state)
+    pid, pidfd, errors = spawn_hook(hook, state)
     done = Event()
     result = []
 
@@ -11733,33 +11771,22 @@ def run_hook(hook, state, point, children):
         yield done, None
         result[:] = [None]
     os.close(pidfd)
-    error = hook_failed(hook, point, result[0])
-    if error:
-        raise error
+    check_hook(hook, point, result[0], errors)
 
 
-class HookRunner:
-    """Runs hooks inside the child, where there is no loop."""
-
-    def __init__(self, container, status):
-        self.container = container
-        self.status = status
-
-    def run(self, point):
-        for hook in (self.container.config.get("hooks") or {}).get(point) or ():
-            pid, pidfd = spawn_hook(hook, hook_state(self.container, self.status))
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            code = None
-            if not poll.poll(hook["timeout"] * 1000 if hook.get("timeout") else None):
-                os.kill(pid, SIGKILL)
-                os.waitpid(pid, 0)
-            else:
-                code = os.waitpid(pid, 0)[1]
-            os.close(pidfd)
-            error = hook_failed(hook, point, code)
-            if error:
-                raise error
+def run_hooks_here(container, point, pid):
+    """Runs the hooks of a point where there is no loop: in the child, and in `delete`."""
+    state = hook_state(container, {"startContainer": "created", "poststop": "stopped"}.get(point, "creating"), pid)
+    for hook in (container.config.get("hooks") or {}).get(point) or ():
+        child, pidfd, errors = spawn_hook(hook, state)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        in_time = poll.poll(hook["timeout"] * 1000 if hook.get("timeout") else None)
+        if not in_time:
+            os.kill(child, SIGKILL)
+        code = os.waitpid(child, 0)[1]
+        os.close(pidfd)
+        check_hook(hook, point, code if in_time else None, errors)
 
 
 # === 22. Shim process =========================================================
@@ -12275,10 +12302,22 @@ def shim_delete(flags):
             if cgroup.remove():
                 break
             time.sleep(0.01)
+        run_poststop(flags["id"], bundle, pid)
     unmount_all(os.path.join(os.path.realpath(bundle), "rootfs"))
     remove_dead_socket(bundle)
     os.write(1, encode("DeleteResponse", {"pid": pid, "exit_status": 128 + SIGKILL, "exited_at": timestamp(time.time())}))
     return 0
+
+
+def run_poststop(id, bundle, pid):
+    """The hooks that the dead shim owes; once, however often `delete` is called."""
+    forget_init(bundle)
+    container = Container(id, bundle)
+    try:
+        container.config = read_config(bundle)
+        run_hooks_here(container, "poststop", pid)
+    except (ContainerError, ConfigError, OSError) as error:
+        report("poststop: %s" % error)
 
 
 def kill_process(pid):

@@ -223,6 +223,86 @@ def test_a_parameter_of_a_network_that_is_the_hosts_makes_create_fail(bundle):
     assert "net/ipv4/ip_forward" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
 
 
+def hook_that(text, **more):
+    return dict(more, path="/bin/busybox", args=["busybox", "sh", "-c", text])
+
+
+def noted(bundle):
+    """The lines that the hooks of hooks_of wrote, each a point, a status, a pid and a network namespace."""
+    with open(os.path.join(bundle.directory, "notes")) as file:
+        return [line.split() for line in file]
+
+
+HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+needs_busybox = pytest.mark.skipif(not os.path.exists("/bin/busybox"), reason="busybox (Debian package busybox-static) is not installed")
+
+
+@pytest.fixture
+def hooked(bundle):
+    """A bundle with a hook at each point, that notes what it was told and where it ran."""
+    os.makedirs(os.path.join(bundle.path, "rootfs", "bin"))
+    shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs", "bin"))
+    bundle.config["mounts"].append({"destination": bundle.directory, "type": "bind", "source": bundle.directory, "options": ["rbind"]})
+    bundle.config["hooks"] = {point: [hook_that(
+        "echo %s $(busybox sed 's/.*\"status\": \"\\([a-z]*\\)\".*\"pid\": \\([0-9]*\\).*/\\1 \\2/') $(busybox readlink /proc/self/ns/net) >> %s/notes"
+        % (point, bundle.directory))] for point in HOOKS}
+    return bundle
+
+
+@needs_busybox
+def test_hooks_run_in_order_where_and_when_they_should(hooked):
+    host = os.readlink("/proc/self/ns/net")
+    pid = hooked.start().create()
+    inside = os.readlink("/proc/%d/ns/net" % pid)
+    hooked.call("Start")
+    hooked.call("Kill", signal=9)
+    hooked.call("Wait")
+    hooked.call("Delete")
+    assert hooked.command("delete").returncode == 0
+    statuses = ("creating", "creating", "creating", "created", "running", "stopped")
+    places = (host, host, inside, inside, host, host)
+    assert noted(hooked) == [[point, status, str(pid), place] for point, status, place in zip(HOOKS, statuses, places)]
+
+
+@needs_busybox
+def test_the_network_is_the_containers_when_the_first_hook_looks(hooked):
+    hooked.config["hooks"]["prestart"] = [hook_that(
+        "pid=$(busybox sed 's/.*\"pid\": \\([0-9]*\\).*/\\1/'); busybox readlink /proc/$pid/ns/net > %s/net; busybox ls /proc/$pid/root%s/rootfs/proc/1 >&2"
+        % (hooked.directory, hooked.path))]
+    pid = hooked.start().create()
+    with open(hooked.directory + "/net") as file:
+        assert file.read().strip() == os.readlink("/proc/%d/ns/net" % pid)
+
+
+@needs_busybox
+@pytest.mark.parametrize("point", HOOKS[:3])
+@pytest.mark.parametrize("text, more, reason", [
+    ("echo no reason >&2; exit 3", {}, "exit status 3: no reason"), ("exec busybox sleep 100", {"timeout": 1}, "timed out")])
+def test_a_hook_that_fails_makes_create_fail(hooked, point, text, more, reason):
+    hooked.config["hooks"][point].append(hook_that(text, **more))
+    hooked.start()
+    assert "%s hook /bin/busybox: %s" % (point, reason) in hooked.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=hooked.path)
+    assert [words[0] for words in noted(hooked)] == list(HOOKS[:HOOKS.index(point) + 1]) + ["poststop"]
+    hooked.fails(chibishim.NOT_FOUND, "State")
+
+
+@needs_busybox
+def test_a_start_container_hook_that_fails_makes_start_fail(hooked):
+    hooked.config["hooks"]["startContainer"] = [hook_that("echo no reason >&2; exit 3")]
+    hooked.start().create()
+    assert "exit status 3: no reason" in hooked.fails(chibishim.UNKNOWN_ERROR, "Start")
+    assert hooked.call("Wait")["exit_status"] == 255
+
+
+@needs_busybox
+def test_delete_runs_the_poststop_hooks_of_a_dead_shim_once(hooked):
+    hooked.start().create()
+    os.kill(hooked.call("Connect")["shim_pid"], 9)
+    for _ in range(2):
+        assert hooked.command("delete").returncode == 0
+    assert [words[0] for words in noted(hooked)] == list(HOOKS[:3]) + ["poststop"]
+
+
 def test_the_guest_dies_with_its_shim(bundle):
     pid = bundle.start().create()
     bundle.call("Start")
