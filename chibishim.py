@@ -4418,7 +4418,7 @@ class Libc:
         def call(*arguments):
             _ctypes.set_errno(0)
             result = function(*[long(a or 0) if a is None or a.__class__ is int else a for a in arguments])
-            if result == -1:
+            if result in (-1, MAX_U32):     # a long, and an int, of which the C library leaves the upper half 0
                 code = _ctypes.get_errno()
                 raise OSError(code, "%s: %s" % (name, os.strerror(code)))
             return result

@@ -1154,3 +1154,13 @@ def test_real_programs(name):
     if not found:
         pytest.skip("no programs in %s" % SHARED)
     assert run_programs.execute(*found[0]) == ""
+
+
+def test_a_failure_of_the_c_library_is_an_error():
+    """Of a function that returns an int too: its -1 has 32 bits."""
+    for call in (lambda: chibishim.libc.prctl(9999, 0, 0, 0, 0), lambda: chibishim.libc.umount2(b"/no/such", 0),
+                 lambda: chibishim.libc.fstatfs(-1, bytearray(256)), lambda: chibishim.libc.syscall(-1)):
+        with pytest.raises(OSError):
+            call()
+    with pytest.raises(OSError):
+        chibishim.is_kernel_filesystem(9999)
