@@ -19,12 +19,13 @@ NAME = "containerd-shim-chibiwasm-v1"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 DATE = (1980, 1, 1, 0, 0, 0)
 
-# The module is three code objects, so that nobody waits for what is not needed: what a shim needs
-# until a guest runs, the engine, and its native tier. Each later one is loaded at the
-# first call of one of these names.
+# The module is several code objects, so that nobody waits for what is not needed: what a shim
+# needs until a guest runs, the engine, its native tier, and system call filters. Each
+# later one is loaded at the first call of one of these names.
 STAGES = (
     ("Module", "native_status", "run_command", "command_run", "command_container", "command_image", "command_inspect"),
     ("Machine", "compile_function"),
+    ("plan_seccomp",),
 )
 
 # Run by each Python, without the tables of columns, a third of the code. Reads the source from
@@ -72,7 +73,7 @@ for number, roots in enumerate(stages):
     mine = [i for i in left if last or (defined[i] & reached if defined[i] else not used[i] & everything - reached)]
     left = [i for i in left if i not in mine]
     stub = "def {0}(*words, **options):\\n    return load({1}, '{0}')(*words, **options)\\n"
-    text = "".join(stub.format(name, number) for name in (stages + [()])[number + 1])
+    text = "".join(stub.format(name, later) for later in range(1, len(stages)) for name in stages[later] if not number)
     parts.append(marshal.dumps(compiled(ast.parse(text).body + [body[i] for i in mine])))
 sizes = " ".join(str(len(part)) for part in parts)
 sys.stdout.buffer.write((importlib.util.MAGIC_NUMBER.hex() + " " + sizes + "\\n").encode() + b"".join(parts))
@@ -101,10 +102,10 @@ if found:
     archive = memoryview(mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ))
     posix.close(fd)
     def load(stage, name):
-        exec(marshal.loads(archive[found[stage + 1]:found[stage + 2]]), names)
+        exec(marshal.loads(archive[found[stage]:found[stage + 1]]), names)
         return names[name]
     names["load"] = load
-    load(-1, "main")
+    load(0, "main")
 else:
     exec(compile(loader.get_data("chibishim.py"), "chibishim.py", "exec", dont_inherit=True, optimize=2), names)
 gc.freeze()

@@ -9563,7 +9563,19 @@ linux.rootfsPropagation string applied
 linux.maskedPaths [string] applied
 linux.readonlyPaths [string] applied
 linux.mountLabel string refused
-linux.seccomp object refused
+linux.seccomp.defaultAction string applied
+linux.seccomp.defaultErrnoRet int applied
+linux.seccomp.architectures [string] applied
+linux.seccomp.flags [string] applied
+linux.seccomp.listenerPath string refused
+linux.seccomp.listenerMetadata string refused
+linux.seccomp.syscalls[].names [string] applied
+linux.seccomp.syscalls[].action string applied
+linux.seccomp.syscalls[].errnoRet int applied
+linux.seccomp.syscalls[].args[].index int applied
+linux.seccomp.syscalls[].args[].value int applied
+linux.seccomp.syscalls[].args[].valueTwo int applied
+linux.seccomp.syscalls[].args[].op string applied
 linux.intelRdt object refused
 linux.memoryPolicy object refused
 linux.personality object refused
@@ -9797,7 +9809,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
             if space not in spaces:
                 raise ConfigError("config.json: %s needs an own uts namespace" % name)
             steps.append((name, config[name]))
-    return steps + plan_process(process)
+    return steps + plan_process(process, linux.get("seccomp"))
 
 
 def plan_namespaces(spaces):
@@ -9881,10 +9893,13 @@ def plan_devices(config, user_namespace):
     return steps + [("symlink", target, path) for target, path in DEVICE_LINKS]
 
 
-def plan_process(process):
+def plan_process(process, seccomp=None):
     """What the process gives up or takes on, in the one order that works: limits while we
-    are root, the bounding set before the identity, capabilities after it."""
+    are root, the bounding set before the identity, capabilities after it. A system call
+    filter comes last, so that it need not allow what we do; yet without no_new_privs it
+    takes CAP_SYS_ADMIN, which is still there before the capabilities go: seccomp(2)."""
     steps = []
+    filters = [plan_seccomp(seccomp, os.uname().machine)] if seccomp else []
     seen = set()
     for item in process.get("rlimits") or ():
         name = item.get("type") or ""
@@ -9899,18 +9914,471 @@ def plan_process(process):
     if not all(0 <= number <= MAX_ID for number in identity):
         raise ConfigError("config.json: process.user: an id is not in 0…%d" % MAX_ID)
     sets = {name: capability_mask(names) for name, names in (process.get("capabilities") or {}).items()}
+    if not process.get("noNewPrivileges"):
+        steps += filters
     steps.append(("bounding", sets.get("bounding", 0)))
     steps.append(("identity", identity[0], identity[1], tuple(identity[2:]), user.get("umask", 0o022)))
     steps.append(("cwd", process.get("cwd") or "/"))
     steps.append(("capabilities",) + tuple(sets.get(name, 0) for name in ("effective", "permitted", "inheritable", "ambient")))
     if process.get("noNewPrivileges"):
         steps.append(("no_new_privs",))
+    steps.append(("payload", process))
+    if process.get("noNewPrivileges"):
+        steps += filters
     return steps
 
 
 def capability_mask(names):
     """The bit mask of capability names; a name that is unknown here grants nothing."""
     return sum(1 << CAPABILITIES.index(name[4:]) for name in set(names or ()) if name[4:] in CAPABILITIES and name[:4] == "CAP_")
+
+
+# -- system call filters --
+#
+# linux.seccomp becomes a program of classic BPF, which the kernel runs before every
+# system call: seccomp(2). It finds the architecture, then the call's number by binary
+# search in runs of numbers of one fate, then it compares arguments. Where several rules
+# match, the strictest wins, as it does among several filters of a process: an order that
+# lost a restriction would be a vulnerability. Names that no table has are calls that this
+# architecture does not have.
+
+# The calls of the architectures by number: a number, and from there one name after the
+# other. From 424 on all architectures count alike. After libseccomp's src/syscalls.csv
+# (Linux 7.1), which is made from the kernel's tables; ARM has no memfd_secret.
+SYSCALLS = {
+    "common": """
+        424 pidfd_send_signal io_uring_setup io_uring_enter io_uring_register open_tree move_mount fsopen fsconfig
+        fsmount fspick pidfd_open clone3 close_range openat2 pidfd_getfd faccessat2 process_madvise epoll_pwait2
+        mount_setattr quotactl_fd landlock_create_ruleset landlock_add_rule landlock_restrict_self memfd_secret
+        process_mrelease futex_waitv set_mempolicy_home_node cachestat fchmodat2 map_shadow_stack futex_wake futex_wait
+        futex_requeue statmount listmount lsm_get_self_attr lsm_set_self_attr lsm_list_modules mseal setxattrat
+        getxattrat listxattrat removexattrat open_tree_attr file_getattr file_setattr listns rseq_slice_yield
+""",
+    "x86_64": """
+        0 read write open close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask
+        rt_sigreturn ioctl pread64 pwrite64 readv writev access pipe select sched_yield mremap msync mincore madvise
+        shmget shmat shmctl dup dup2 pause nanosleep getitimer alarm setitimer getpid sendfile socket connect accept
+        sendto recvfrom sendmsg recvmsg shutdown bind listen getsockname getpeername socketpair setsockopt getsockopt
+        clone fork vfork execve exit wait4 kill uname semget semop semctl shmdt msgget msgsnd msgrcv msgctl fcntl flock
+        fsync fdatasync truncate ftruncate getdents getcwd chdir fchdir rename mkdir rmdir creat link unlink symlink
+        readlink chmod fchmod chown fchown lchown umask gettimeofday getrlimit getrusage sysinfo times ptrace getuid
+        syslog getgid setuid setgid geteuid getegid setpgid getppid getpgrp setsid setreuid setregid getgroups setgroups
+        setresuid getresuid setresgid getresgid getpgid setfsuid setfsgid getsid capget capset rt_sigpending
+        rt_sigtimedwait rt_sigqueueinfo rt_sigsuspend sigaltstack utime mknod uselib personality ustat statfs fstatfs
+        sysfs getpriority setpriority sched_setparam sched_getparam sched_setscheduler sched_getscheduler
+        sched_get_priority_max sched_get_priority_min sched_rr_get_interval mlock munlock mlockall munlockall vhangup
+        modify_ldt pivot_root _sysctl prctl arch_prctl adjtimex setrlimit chroot sync acct settimeofday mount umount2
+        swapon swapoff reboot sethostname setdomainname iopl ioperm create_module init_module delete_module
+        get_kernel_syms query_module quotactl nfsservctl getpmsg putpmsg afs_syscall tuxcall security gettid readahead
+        setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr removexattr
+        lremovexattr fremovexattr tkill time futex sched_setaffinity sched_getaffinity set_thread_area io_setup
+        io_destroy io_getevents io_submit io_cancel get_thread_area lookup_dcookie epoll_create epoll_ctl_old
+        epoll_wait_old remap_file_pages getdents64 set_tid_address restart_syscall semtimedop fadvise64 timer_create
+        timer_settime timer_gettime timer_getoverrun timer_delete clock_settime clock_gettime clock_getres
+        clock_nanosleep exit_group epoll_wait epoll_ctl tgkill utimes vserver mbind set_mempolicy get_mempolicy mq_open
+        mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr kexec_load waitid add_key request_key keyctl
+        ioprio_set ioprio_get inotify_init inotify_add_watch inotify_rm_watch migrate_pages openat mkdirat mknodat
+        fchownat futimesat newfstatat unlinkat renameat linkat symlinkat readlinkat fchmodat faccessat pselect6 ppoll
+        unshare set_robust_list get_robust_list splice tee sync_file_range vmsplice move_pages utimensat epoll_pwait
+        signalfd timerfd_create eventfd fallocate timerfd_settime timerfd_gettime accept4 signalfd4 eventfd2
+        epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg fanotify_init
+        fanotify_mark prlimit64 name_to_handle_at open_by_handle_at clock_adjtime syncfs sendmmsg setns getcpu
+        process_vm_readv process_vm_writev kcmp finit_module sched_setattr sched_getattr renameat2 seccomp getrandom
+        memfd_create kexec_file_load bpf execveat userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2
+        pkey_mprotect pkey_alloc pkey_free statx io_pgetevents rseq uretprobe uprobe
+""",
+    "x32": """
+        512 rt_sigaction rt_sigreturn ioctl readv writev recvfrom sendmsg recvmsg execve ptrace rt_sigpending
+        rt_sigtimedwait rt_sigqueueinfo sigaltstack timer_create mq_notify kexec_load waitid set_robust_list
+        get_robust_list vmsplice move_pages preadv pwritev rt_tgsigqueueinfo recvmmsg sendmmsg process_vm_readv
+        process_vm_writev setsockopt getsockopt io_setup io_submit execveat preadv2 pwritev2
+""",
+    "x86": """
+        0 restart_syscall exit fork read write open close waitpid creat link unlink execve chdir time mknod chmod lchown
+        break oldstat lseek getpid mount umount setuid getuid stime ptrace alarm oldfstat pause utime stty gtty access
+        nice ftime sync kill rename mkdir rmdir dup pipe times prof brk setgid getgid signal geteuid getegid acct
+        umount2 lock ioctl fcntl mpx setpgid ulimit oldolduname umask chroot ustat dup2 getppid getpgrp setsid sigaction
+        sgetmask ssetmask setreuid setregid sigsuspend sigpending sethostname setrlimit getrlimit getrusage gettimeofday
+        settimeofday getgroups setgroups select symlink oldlstat readlink uselib swapon reboot readdir mmap munmap
+        truncate ftruncate fchmod fchown getpriority setpriority profil statfs fstatfs ioperm socketcall syslog
+        setitimer getitimer stat lstat fstat olduname iopl vhangup idle vm86old wait4 swapoff sysinfo ipc fsync
+        sigreturn clone setdomainname uname modify_ldt adjtimex mprotect sigprocmask create_module init_module
+        delete_module get_kernel_syms quotactl getpgid fchdir bdflush sysfs personality afs_syscall setfsuid setfsgid
+        _llseek getdents _newselect flock msync readv writev getsid fdatasync _sysctl mlock munlock mlockall munlockall
+        sched_setparam sched_getparam sched_setscheduler sched_getscheduler sched_yield sched_get_priority_max
+        sched_get_priority_min sched_rr_get_interval nanosleep mremap setresuid getresuid vm86 query_module poll
+        nfsservctl setresgid getresgid prctl rt_sigreturn rt_sigaction rt_sigprocmask rt_sigpending rt_sigtimedwait
+        rt_sigqueueinfo rt_sigsuspend pread64 pwrite64 chown getcwd capget capset sigaltstack sendfile getpmsg putpmsg
+        vfork ugetrlimit mmap2 truncate64 ftruncate64 stat64 lstat64 fstat64 lchown32 getuid32 getgid32 geteuid32
+        getegid32 setreuid32 setregid32 getgroups32 setgroups32 fchown32 setresuid32 getresuid32 setresgid32 getresgid32
+        chown32 setuid32 setgid32 setfsuid32 setfsgid32 pivot_root mincore madvise getdents64 fcntl64 224 gettid
+        readahead setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr removexattr
+        lremovexattr fremovexattr tkill sendfile64 futex sched_setaffinity sched_getaffinity set_thread_area
+        get_thread_area io_setup io_destroy io_getevents io_submit io_cancel fadvise64 252 exit_group lookup_dcookie
+        epoll_create epoll_ctl epoll_wait remap_file_pages set_tid_address timer_create timer_settime timer_gettime
+        timer_getoverrun timer_delete clock_settime clock_gettime clock_getres clock_nanosleep statfs64 fstatfs64 tgkill
+        utimes fadvise64_64 vserver mbind get_mempolicy set_mempolicy mq_open mq_unlink mq_timedsend mq_timedreceive
+        mq_notify mq_getsetattr kexec_load waitid 286 add_key request_key keyctl ioprio_set ioprio_get inotify_init
+        inotify_add_watch inotify_rm_watch migrate_pages openat mkdirat mknodat fchownat futimesat fstatat64 unlinkat
+        renameat linkat symlinkat readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list
+        splice sync_file_range tee vmsplice move_pages getcpu epoll_pwait utimensat signalfd timerfd_create eventfd
+        fallocate timerfd_settime timerfd_gettime signalfd4 eventfd2 epoll_create1 dup3 pipe2 inotify_init1 preadv
+        pwritev rt_tgsigqueueinfo perf_event_open recvmmsg fanotify_init fanotify_mark prlimit64 name_to_handle_at
+        open_by_handle_at clock_adjtime syncfs sendmmsg setns process_vm_readv process_vm_writev kcmp finit_module
+        sched_setattr sched_getattr renameat2 seccomp getrandom memfd_create bpf execveat socket socketpair bind connect
+        listen accept4 getsockopt setsockopt getsockname getpeername sendto sendmsg recvfrom recvmsg shutdown
+        userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx
+        arch_prctl io_pgetevents rseq 393 semget semctl shmget shmctl shmat shmdt msgget msgsnd msgrcv msgctl
+        clock_gettime64 clock_settime64 clock_adjtime64 clock_getres_time64 clock_nanosleep_time64 timer_gettime64
+        timer_settime64 timerfd_gettime64 timerfd_settime64 utimensat_time64 pselect6_time64 ppoll_time64 416
+        io_pgetevents_time64 recvmmsg_time64 mq_timedsend_time64 mq_timedreceive_time64 semtimedop_time64
+        rt_sigtimedwait_time64 futex_time64 sched_rr_get_interval_time64
+""",
+    "arm": """
+        0 restart_syscall exit fork read write open close 8 creat link unlink execve chdir 14 mknod chmod lchown 19
+        lseek getpid mount 23 setuid getuid 26 ptrace 29 pause 33 access nice 36 sync kill rename mkdir rmdir dup pipe
+        times 45 brk setgid getgid 49 geteuid getegid acct umount2 54 ioctl fcntl 57 setpgid 60 umask chroot ustat dup2
+        getppid getpgrp setsid sigaction 70 setreuid setregid sigsuspend sigpending sethostname setrlimit 77 getrusage
+        gettimeofday settimeofday getgroups setgroups 83 symlink 85 readlink uselib swapon reboot 91 munmap truncate
+        ftruncate fchmod fchown getpriority setpriority 99 statfs fstatfs 103 syslog setitimer getitimer stat lstat
+        fstat 111 vhangup 114 wait4 swapoff sysinfo 118 fsync sigreturn clone setdomainname uname 124 adjtimex mprotect
+        sigprocmask 128 init_module delete_module 131 quotactl getpgid fchdir bdflush sysfs personality 138 setfsuid
+        setfsgid _llseek getdents _newselect flock msync readv writev getsid fdatasync _sysctl mlock munlock mlockall
+        munlockall sched_setparam sched_getparam sched_setscheduler sched_getscheduler sched_yield
+        sched_get_priority_max sched_get_priority_min sched_rr_get_interval nanosleep mremap setresuid getresuid 168
+        poll nfsservctl setresgid getresgid prctl rt_sigreturn rt_sigaction rt_sigprocmask rt_sigpending rt_sigtimedwait
+        rt_sigqueueinfo rt_sigsuspend pread64 pwrite64 chown getcwd capget capset sigaltstack sendfile 190 vfork
+        ugetrlimit mmap2 truncate64 ftruncate64 stat64 lstat64 fstat64 lchown32 getuid32 getgid32 geteuid32 getegid32
+        setreuid32 setregid32 getgroups32 setgroups32 fchown32 setresuid32 getresuid32 setresgid32 getresgid32 chown32
+        setuid32 setgid32 setfsuid32 setfsgid32 getdents64 pivot_root mincore madvise fcntl64 224 gettid readahead
+        setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr removexattr
+        lremovexattr fremovexattr tkill sendfile64 futex sched_setaffinity sched_getaffinity io_setup io_destroy
+        io_getevents io_submit io_cancel exit_group lookup_dcookie epoll_create epoll_ctl epoll_wait remap_file_pages
+        256 set_tid_address timer_create timer_settime timer_gettime timer_getoverrun timer_delete clock_settime
+        clock_gettime clock_getres clock_nanosleep statfs64 fstatfs64 tgkill utimes arm_fadvise64_64 pciconfig_iobase
+        pciconfig_read pciconfig_write mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr waitid
+        socket bind connect listen accept getsockname getpeername socketpair send sendto recv recvfrom shutdown
+        setsockopt getsockopt sendmsg recvmsg semop semget semctl msgsnd msgrcv msgget msgctl shmat shmdt shmget shmctl
+        add_key request_key keyctl semtimedop vserver ioprio_set ioprio_get inotify_init inotify_add_watch
+        inotify_rm_watch mbind get_mempolicy set_mempolicy openat mkdirat mknodat fchownat futimesat fstatat64 unlinkat
+        renameat linkat symlinkat readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list
+        splice arm_sync_file_range tee vmsplice move_pages getcpu epoll_pwait kexec_load utimensat signalfd
+        timerfd_create eventfd fallocate timerfd_settime timerfd_gettime signalfd4 eventfd2 epoll_create1 dup3 pipe2
+        inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg accept4 fanotify_init fanotify_mark
+        prlimit64 name_to_handle_at open_by_handle_at clock_adjtime syncfs sendmmsg setns process_vm_readv
+        process_vm_writev kcmp finit_module sched_setattr sched_getattr renameat2 seccomp getrandom memfd_create bpf
+        execveat userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx
+        rseq io_pgetevents migrate_pages kexec_file_load 403 clock_gettime64 clock_settime64 clock_adjtime64
+        clock_getres_time64 clock_nanosleep_time64 timer_gettime64 timer_settime64 timerfd_gettime64 timerfd_settime64
+        utimensat_time64 pselect6_time64 ppoll_time64 416 io_pgetevents_time64 recvmmsg_time64 mq_timedsend_time64
+        mq_timedreceive_time64 semtimedop_time64 rt_sigtimedwait_time64 futex_time64 sched_rr_get_interval_time64 983041
+        breakpoint cacheflush usr26 usr32 set_tls get_tls
+""",
+    "generic": """
+        0 io_setup io_destroy io_submit io_cancel io_getevents setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr
+        listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr getcwd lookup_dcookie eventfd2
+        epoll_create1 epoll_ctl epoll_pwait dup dup3 fcntl inotify_init1 inotify_add_watch inotify_rm_watch ioctl
+        ioprio_set ioprio_get flock mknodat mkdirat unlinkat symlinkat linkat 39 umount2 mount pivot_root nfsservctl
+        statfs fstatfs truncate ftruncate fallocate faccessat chdir fchdir chroot fchmod fchmodat fchownat fchown openat
+        close vhangup pipe2 quotactl getdents64 lseek read write readv writev pread64 pwrite64 preadv pwritev sendfile
+        pselect6 ppoll signalfd4 vmsplice splice tee readlinkat newfstatat fstat sync fsync fdatasync sync_file_range
+        timerfd_create timerfd_settime timerfd_gettime utimensat acct capget capset personality exit exit_group waitid
+        set_tid_address unshare futex set_robust_list get_robust_list nanosleep getitimer setitimer kexec_load
+        init_module delete_module timer_create timer_gettime timer_getoverrun timer_settime timer_delete clock_settime
+        clock_gettime clock_getres clock_nanosleep syslog ptrace sched_setparam sched_setscheduler sched_getscheduler
+        sched_getparam sched_setaffinity sched_getaffinity sched_yield sched_get_priority_max sched_get_priority_min
+        sched_rr_get_interval restart_syscall kill tkill tgkill sigaltstack rt_sigsuspend rt_sigaction rt_sigprocmask
+        rt_sigpending rt_sigtimedwait rt_sigqueueinfo rt_sigreturn setpriority getpriority reboot setregid setgid
+        setreuid setuid setresuid getresuid setresgid getresgid setfsuid setfsgid times setpgid getpgid getsid setsid
+        getgroups setgroups uname sethostname setdomainname getrlimit setrlimit getrusage umask prctl getcpu
+        gettimeofday settimeofday adjtimex getpid getppid getuid geteuid getgid getegid gettid sysinfo mq_open mq_unlink
+        mq_timedsend mq_timedreceive mq_notify mq_getsetattr msgget msgctl msgrcv msgsnd semget semctl semtimedop semop
+        shmget shmctl shmat shmdt socket socketpair bind listen accept connect getsockname getpeername sendto recvfrom
+        setsockopt getsockopt shutdown sendmsg recvmsg readahead brk munmap mremap add_key request_key keyctl clone
+        execve mmap fadvise64 swapon swapoff mprotect msync mlock munlock mlockall munlockall mincore madvise
+        remap_file_pages mbind get_mempolicy set_mempolicy migrate_pages move_pages rt_tgsigqueueinfo perf_event_open
+        accept4 recvmmsg 260 wait4 prlimit64 fanotify_init fanotify_mark name_to_handle_at open_by_handle_at
+        clock_adjtime syncfs setns sendmmsg process_vm_readv process_vm_writev kcmp finit_module sched_setattr
+        sched_getattr renameat2 seccomp getrandom memfd_create bpf execveat userfaultfd membarrier mlock2
+        copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx io_pgetevents rseq kexec_file_load
+""",
+    "aarch64": "38 renameat",
+    "riscv64": "258 riscv_hwprobe riscv_flush_icache",
+}
+MULTIPLEXED = {                         # 32-bit x86: calls that are also, or only, the first argument of another
+    "socketcall": """1 socket bind connect listen accept getsockname getpeername socketpair send recv sendto recvfrom
+        shutdown setsockopt getsockopt sendmsg recvmsg accept4 recvmmsg sendmmsg""",
+    "ipc": "1 semop semget semctl semtimedop 11 msgsnd msgrcv msgget msgctl 21 shmat shmdt shmget shmctl",
+}
+ARCHITECTURES = {                       # name -> (AUDIT_ARCH_* of linux/audit.h, tables, later ones overrule)
+    "X86_64": (0xC000003E, "x86_64 common"), "X32": (0xC000003E, "x86_64 x32 common"), "X86": (0x40000003, "x86 common"),
+    "AARCH64": (0xC00000B7, "generic aarch64 common"), "ARM": (0x40000028, "arm common"),
+    "RISCV64": (0xC00000F3, "generic riscv64 common"),
+}
+FOREIGN_ARCHITECTURES = """LOONGARCH64 M68K MIPS MIPS64 MIPS64N32 MIPSEL MIPSEL64 MIPSEL64N32 PARISC PARISC64 PPC PPC64
+    PPC64LE S390 S390X SH SHEB""".split()
+MACHINES = {                            # uname's word -> the architectures of its programs, its own first
+    "x86_64": ("X86_64", "X86", "X32"), "i386": ("X86",), "i486": ("X86",), "i586": ("X86",), "i686": ("X86",),
+    "aarch64": ("AARCH64", "ARM"), "armv6l": ("ARM",), "armv7l": ("ARM",), "armv8l": ("ARM",), "riscv64": ("RISCV64",),
+}
+NARROW = ("X86", "X32", "ARM")          # arguments have 32 bits
+X32_BIT = 0x40000000                    # in the number of a call, beside AUDIT_ARCH_X86_64
+NEW_CALLS = 512                         # below it new calls are numbered; above are x32's and ARM's own
+
+SECCOMP_SET_MODE_FILTER = 1
+SECCOMP_FLAGS = {"SECCOMP_FILTER_FLAG_TSYNC": 0, "SECCOMP_FILTER_FLAG_LOG": 2,     # TSYNC: we have but one thread
+                 "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4}
+KILL_PROCESS, ACT_ERRNO, ACT_TRACE, ACT_LOG, ACT_ALLOW = 0x80000000, 0x50000, 0x7FF00000, 0x7FFC0000, 0x7FFF0000
+ACTIONS = {"SCMP_ACT_KILL": 0, "SCMP_ACT_KILL_THREAD": 0, "SCMP_ACT_KILL_PROCESS": KILL_PROCESS, "SCMP_ACT_TRAP": 0x30000,
+           "SCMP_ACT_ERRNO": ACT_ERRNO, "SCMP_ACT_TRACE": ACT_TRACE, "SCMP_ACT_LOG": ACT_LOG, "SCMP_ACT_ALLOW": ACT_ALLOW}
+OPERATORS = ("SCMP_CMP_NE", "SCMP_CMP_LT", "SCMP_CMP_LE", "SCMP_CMP_EQ", "SCMP_CMP_GE", "SCMP_CMP_GT", "SCMP_CMP_MASKED_EQ")
+
+MAX_FILTER = 4096                       # BPF_MAXINSNS
+BPF_LOAD, BPF_AND, BPF_JUMP, BPF_JEQ, BPF_JGT, BPF_JGE, BPF_RETURN = 0x20, 0x54, 0x05, 0x15, 0x25, 0x35, 0x06
+DATA_NUMBER, DATA_ARCH, DATA_ARGS = 0, 4, 16        # in struct seccomp_data; the low half of an argument first
+
+
+def plan_seccomp(profile, machine):
+    """The step that installs a profile's filter: ("seccomp", seccomp(2)'s number, flags, program)."""
+    where = "config.json: linux.seccomp"
+    known_fields(profile, "defaultAction defaultErrnoRet architectures flags listenerPath listenerMetadata syscalls", where)
+    if machine not in MACHINES:
+        raise ConfigError("%s: the system calls of %s are unknown here" % (where, machine))
+    default = seccomp_action(profile.get("defaultAction"), profile.get("defaultErrnoRet"), where, "default")
+    rules = [rule for index, entry in enumerate(profile.get("syscalls") or ())
+             for rule in seccomp_rules(entry, "%s.syscalls[%d]" % (where, index))]
+    flags = 0
+    for name in profile.get("flags") or ():
+        if name not in SECCOMP_FLAGS:
+            raise ConfigError("%s.flags: %r is not supported" % (where, name))
+        flags |= SECCOMP_FLAGS[name]
+    native = MACHINES[machine][0]
+    asked = seccomp_architectures(profile.get("architectures") or (), where)
+    program = Filter().assemble([(name, filter_runs(name, default, rules)) for name in MACHINES[machine]
+                                 if name is native or name in asked])
+    if len(program) > MAX_FILTER * 8:
+        raise ConfigError("%s: a filter of %d instructions, %d at most" % (where, len(program) // 8, MAX_FILTER))
+    return "seccomp", syscall_numbers(native)["seccomp"], flags, program
+
+
+def known_fields(value, names, where):
+    """Elsewhere unknown fields are ignored; here one might be a restriction."""
+    for name in value:
+        if name not in names.split():
+            raise ConfigError("%s.%s is not supported, and dropping it silently would be unsafe: remove it from the profile" % (where, name))
+
+
+def seccomp_action(name, number, where, prefix=""):
+    """An action's value for the kernel, with the errno (or the tracer's number) in its low half."""
+    field = "%s.%s" % (where, "defaultAction" if prefix else "action")
+    if name not in ACTIONS:
+        raise ConfigError("%s: %s" % (field, "SCMP_ACT_NOTIFY needs a listener, which is not supported" if name == "SCMP_ACT_NOTIFY"
+                                      else "unknown action %r" % name))
+    action = ACTIONS[name]
+    if action not in (ACT_ERRNO, ACT_TRACE):
+        if number is not None:
+            raise ConfigError("%s: %s has no errnoRet" % (field, name))
+        return action
+    if number is not None and not 0 <= number <= 0xFFFF:
+        raise ConfigError("%s.%s: %d is not in 0…65535" % (where, "defaultErrnoRet" if prefix else "errnoRet", number))
+    return action | (errno.EPERM if number is None else number)
+
+
+def seccomp_rules(entry, where):
+    """An element of linux.seccomp.syscalls as (names, action, conditions) once, or once for
+    each condition where an argument has several, which are alternatives then (as runc has it)."""
+    known_fields(entry, "names action errnoRet args", where)
+    if not entry.get("names"):
+        raise ConfigError("%s.names is empty" % where)
+    action = seccomp_action(entry.get("action"), entry.get("errnoRet"), where)
+    conditions = tuple(seccomp_condition(item, "%s.args[%d]" % (where, index)) for index, item in enumerate(entry.get("args") or ()))
+    if len({condition[0] for condition in conditions}) < len(conditions):
+        return [(entry["names"], action, (condition,)) for condition in conditions]
+    return [(entry["names"], action, conditions)]
+
+
+def seccomp_condition(item, where):
+    """(argument's index, operator, mask, value) of an element of args."""
+    known_fields(item, "index value valueTwo op", where)
+    index, value, second = (item.get(name) or 0 for name in ("index", "value", "valueTwo"))
+    if not 0 <= index < 6:
+        raise ConfigError("%s.index: %d is not in 0…5" % (where, index))
+    if not (0 <= value <= MAX_U64 and 0 <= second <= MAX_U64):
+        raise ConfigError("%s.value: not in 0…2^64-1" % where)
+    if item.get("op") not in OPERATORS:
+        raise ConfigError("%s.op: unknown operator %r" % (where, item.get("op")))
+    operator = item["op"][len("SCMP_CMP_"):]
+    return (index, "EQ", value, second) if operator == "MASKED_EQ" else (index, operator, MAX_U64, value)
+
+
+def seccomp_architectures(names, where):
+    """The names without their prefix. Those of other machines are none of our business."""
+    asked = [name[len("SCMP_ARCH_"):] if name.startswith("SCMP_ARCH_") else "" for name in names]
+    for name, short in zip(names, asked):
+        if short not in ARCHITECTURES and short not in FOREIGN_ARCHITECTURES:
+            raise ConfigError("%s.architectures: unknown architecture %r" % (where, name))
+    return asked
+
+
+def numbered(text):
+    """{name: number} of a text like `0 read write 17 pread64`."""
+    numbers, number = {}, 0
+    for word in text.split():
+        if word.isdigit():
+            number = int(word)
+        else:
+            numbers[word] = number
+            number += 1
+    return numbers
+
+
+def syscall_numbers(architecture):
+    """{name: number} of an architecture's calls; made when asked for, which is rare."""
+    numbers = {}
+    for table in ARCHITECTURES[architecture][1].split():
+        numbers.update(numbered(SYSCALLS[table]))
+    return numbers
+
+
+def narrow_condition(condition):
+    """A condition for an argument of 32 bits, which is never a sign-extended -1, for example."""
+    index, operator, mask, value = condition
+    return index, operator, mask & MAX_U32, value & MAX_U32 if operator in ("EQ", "NE") else value
+
+
+def strictness(action):
+    """A key that sorts the strictest action first: the kernel's order, KILL_PROCESS being negative."""
+    return (action & 0xFFFF0000) ^ KILL_PROCESS
+
+
+def filter_runs(architecture, default, rules):
+    """[(first number, fate), …] up to the next run's first number. A fate is (action of the
+    call if no condition holds, ((action, conditions), …) in the order to try)."""
+    calls = {}                          # number -> [(action, conditions), …]
+    numbers = syscall_numbers(architecture)
+    for names, action, conditions in rules:
+        if architecture in NARROW:
+            conditions = tuple(map(narrow_condition, conditions))
+        for name in names:
+            if name in numbers:
+                calls.setdefault(numbers[name], []).append((action, conditions))
+    if architecture == "X86":
+        for call in MULTIPLEXED:
+            calls.setdefault(numbers[call], []).extend(multiplexed_rules(call, default, rules))
+    fates = {number: filter_fate(alternatives, default) for number, alternatives in calls.items()}
+    # A call that the profile's author cannot have known does not exist: with EPERM
+    # instead a C library would not fall back on the old one. (as runc has it)
+    newest = max([number for number in fates if number < NEW_CALLS], default=-1)
+    permissive = default & 0xFFFF0000 in (ACT_TRACE, ACT_LOG, ACT_ALLOW)
+    beyond = (default if permissive or newest < 0 else ACT_ERRNO | errno.ENOSYS), ()
+    steps = [(number, fates.get(number, (default, ()))) for number in range(newest + 1)] + [(newest + 1, beyond)]
+    for number in sorted(number for number in fates if number > newest):
+        steps += [(number, fates[number]), (number + 1, beyond)]
+    return [step for index, step in enumerate(steps) if not index or step[1] != steps[index - 1][1]]
+
+
+def multiplexed_rules(call, default, rules):
+    """The alternatives of socketcall(2) or ipc(2) by the names of what they stand for. The
+    arguments lie in memory, where no filter sees them: a rule about them holds for all
+    calls if it is stricter than the default, else for none."""
+    numbers = numbered(MULTIPLEXED[call])
+    return [(action, ((0, "EQ", 0xFFFF, numbers[name]),))        # ipc has a version in the upper half
+            for names, action, conditions in rules for name in names
+            if name in numbers and (not conditions or strictness(action) < strictness(default))]
+
+
+def filter_fate(alternatives, default):
+    """The fate of a call for which there are rules."""
+    plain = [action for action, conditions in alternatives if not conditions]
+    otherwise = min(plain, key=strictness) if plain else default
+    conditional = {rule: None for rule in alternatives          # without doublets, in order
+                   if rule[1] and (not plain or strictness(rule[0]) < strictness(otherwise))}
+    return otherwise, tuple(sorted(conditional, key=lambda rule: strictness(rule[0])))
+
+
+class Filter:
+    """A program of classic BPF, written from its end to its beginning, for all jumps go
+    forward. A place is the number of instructions from there to the end; what writes
+    instructions returns the place where they begin."""
+
+    def __init__(self):
+        self.code = []                  # the last one first: struct sock_filter
+        self.returns = {}               # action -> place
+
+    def assemble(self, sections):
+        """The program, as bytes, of [(architecture, runs), …]."""
+        place = self.finish(KILL_PROCESS)           # an architecture of which the profile does not speak
+        x32 = place
+        for name, runs in reversed(sections):
+            section = self.near(self.search(runs), 0)       # right here, for what follows runs into it
+            if name == "X32":
+                self.emit(BPF_AND, MAX_U32 ^ X32_BIT)
+                x32 = self.emit(BPF_LOAD, DATA_NUMBER)
+                continue
+            if name == "X86_64":
+                section = self.jump(BPF_JGE, X32_BIT, x32, section)
+            section = self.emit(BPF_LOAD, DATA_NUMBER)
+            place = self.jump(BPF_JEQ, ARCHITECTURES[name][0], section, place)
+        self.emit(BPF_LOAD, DATA_ARCH)
+        return b"".join(reversed(self.code))
+
+    def emit(self, code, value, yes=0, no=0):
+        """One instruction."""
+        self.code.append(struct.pack("=HBBI", code, yes, no, value))
+        return len(self.code)
+
+    def near(self, place, limit):
+        """The place, or one that leads there: a conditional jump's distance has eight bits."""
+        distance = len(self.code) - place
+        return place if distance <= limit else self.emit(BPF_JUMP, distance)
+
+    def jump(self, code, value, yes, no):
+        """Compares the accumulator and goes to one of two places."""
+        no = self.near(no, 254)         # one less: the other may need a leader
+        yes = self.near(yes, 255)
+        return self.emit(code, value, len(self.code) - yes, len(self.code) - no)
+
+    def finish(self, action):
+        """The end with an action; one that is near serves again."""
+        if len(self.code) - self.returns.get(action, -256) > 255:
+            self.returns[action] = self.emit(BPF_RETURN, action)
+        return self.returns[action]
+
+    def search(self, runs):
+        """Finds the run that the number in the accumulator lies in."""
+        if len(runs) == 1:
+            return self.decide(*runs[0][1])
+        middle = len(runs) // 2
+        upper = self.search(runs[middle:])
+        return self.jump(BPF_JGE, runs[middle][0], upper, self.search(runs[:middle]))
+
+    def decide(self, otherwise, alternatives):
+        """Ends with the action of the first alternative of which all conditions hold."""
+        place = self.finish(otherwise)
+        for action, conditions in reversed(alternatives):
+            no, place = place, self.finish(action)
+            for condition in conditions:
+                place = self.compare(*condition, place, no)
+        return place
+
+    def compare(self, index, operator, mask, value, yes, no):
+        """Compares an argument, unsigned and 64 bits wide, in its two halves."""
+        if operator in ("NE", "LT", "LE"):
+            operator, yes, no = {"NE": "EQ", "LT": "GE", "LE": "GT"}[operator], no, yes
+        place = self.jump({"EQ": BPF_JEQ, "GE": BPF_JGE, "GT": BPF_JGT}[operator], value & MAX_U32, yes, no)
+        place = self.load(DATA_ARGS + 8 * index, mask & MAX_U32)
+        if not (mask | value) >> 32:
+            return place
+        place = self.jump(BPF_JEQ, value >> 32, place, no)
+        if operator != "EQ":
+            place = self.jump(BPF_JGT, value >> 32, yes, place)
+        return self.load(DATA_ARGS + 8 * index + 4, mask >> 32)
+
+    def load(self, offset, mask):
+        """A word of struct seccomp_data, or the masked bits of it."""
+        if mask != MAX_U32:
+            self.emit(BPF_AND, mask)
+        return self.emit(BPF_LOAD, offset)
 
 
 # === 19. Cgroups ==============================================================
@@ -10328,7 +10796,7 @@ class ContainerError(Exception):
 class Setup:
     """What the operations share while they run in the child."""
 
-    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "shared", "status", "gate", "pid")
+    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "shared", "status", "gate", "pid", "payload")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -10342,6 +10810,7 @@ class Setup:
         self.status = status            # write end of the pipe to the shim
         self.gate = gate                # read end of the pipe from it
         self.pid = 0                    # ours, as the shim numbers it
+        self.payload = None             # what load_payload found
 
 
 def perform(steps, setup):
@@ -10699,11 +11168,24 @@ def do_no_new_privs(setup):
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+def do_payload(setup, process):
+    setup.payload = load_payload(process)
+
+
+def do_seccomp(setup, call, flags, program):
+    import _ctypes
+    memory = bytearray(program)         # no mapping: its end would be a call that the filter may forbid
+    try:
+        libc.syscall(call, SECCOMP_SET_MODE_FILTER, flags, struct.pack("@HP", len(program) // 8, buffer_address(memory, _ctypes)))
+    except OSError as error:
+        raise OSError(error.errno, "linux.seccomp: the kernel refuses the filter: %s" % os.strerror(error.errno)) from None
+
+
 OPERATIONS = {function.__name__[3:]: function for function in (
     do_join, do_unshare, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink,
     do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_chroot, do_hostname,
     do_domainname, do_rlimit, do_oom_score_adj, do_bounding, do_identity, do_cwd, do_capabilities,
-    do_no_new_privs)}
+    do_no_new_privs, do_payload, do_seccomp)}
 
 
 def find_program(name, environment, cwd):
@@ -10827,7 +11309,7 @@ def send_error(status, text):
 def container_main(process, steps, setup):
     """Set-up, waiting for Start, and the guest's run; returns the exit status."""
     perform(steps, setup)
-    kind, program, function = load_payload(process)
+    kind, program, function = setup.payload
     os.write(setup.status, kind[:1].upper().encode())
     module = None
     if kind == "wasm":
@@ -11552,7 +12034,7 @@ class TaskService:
         spaces.sort(key=lambda name: (name == "mount") - (name == "user"))
         pid = container.init.pid
         steps = [("join", "/proc/%d/ns/%s" % (pid, NAMESPACES[name][1]), NAMESPACES[name][0]) for name in spaces]
-        steps += plan_process(process.spec)
+        steps += plan_process(process.spec, (container.config.get("linux") or {}).get("seccomp"))
         pid_namespace = "/proc/%d/ns/pid" % pid if "pid" in namespaces(container.config) else None
         self.fork(container, process, process.spec, steps, pid_namespace)
         process.kind = yield from self.hear(process)
