@@ -5281,6 +5281,8 @@ class X64:
         the first argument's place."""
         self.move(self.RDI, self.RAX)
         self.move(self.RSI, self.RSP)
+        for register in self.CALLEE_SAVED:          # where a search for references finds them
+            self.push(register)
         self.load(self.RSP, self.CONTEXT, host_stack)
         self.move(self.RDX, self.RSP)
         self.push(self.RSI)
@@ -5842,6 +5844,8 @@ class A64:
         self.move(0, 16)
         self.word(0x910023E1)                                                   # add x1, sp, 8
         self.word(0x910003EF)                                                   # mov x15, sp
+        for register in self.CALLEE_SAVED:          # where a search for references finds them
+            self.word(0xF81F0FE0 | register)                                    # str register, [sp, -16]!
         self.load(17, self.CONTEXT, host_stack)
         self.word(0x9100023F)                                                   # mov sp, x17
         self.move(2, 17)
@@ -5948,6 +5952,8 @@ FIRST_COMPILE = 200000              # the tier itself takes some milliseconds to
 (MEMORY_BYTES, MEMORY_BASE, STACK_LIMIT, HOST_STACK, TRAP_STACK, RESULTS, FLOAT_RESULTS, _, HELPER, TRAP, CALLBACK,
  SIGNALS, MEMORY_LIMITS) = range(0, 104, 8)
 CONTEXT_TABLES = MEMORY_LIMITS + 8 * SMALL_ENDS
+HELPER_BYTES = 160                  # at most, of the helper stub below the return address
+FIRST_HANDLE, SWEEP = 0x7265660000000001, 1000     # numbers of references that no other value resembles
 SITES = 1 << 24                     # numbers of helper calls that are no function's index
 TRAP_TEXTS = ("", "unreachable", "integer divide by zero", "integer overflow", "out of bounds memory access",
               "call stack exhausted", "")
@@ -7335,7 +7341,8 @@ class Context:
         self.address = machine.address_of(self.mapping)
         self.sites = []
         self.mirrors = {}
-        self.references, self.handles = [None], {}
+        self.references, self.handles = {}, {}      # number -> reference, id of a reference -> number
+        self.next_handle, self.sweep_at = FIRST_HANDLE, SWEEP
         self.pending = self.stack = None
         self.callback = machine.callback_type(self.call_back)
         for offset, value in ((HELPER, machine.helper_address), (TRAP, machine.trap_address),
@@ -7416,9 +7423,8 @@ class Context:
             stack.top = saved
             if saved == stack.bottom:
                 stack.host_top = 0
-                if self.handles:
-                    del self.references[1:]
-                    self.handles.clear()
+                self.references.clear()
+                self.handles.clear()
 
     def results(self, code, start):
         """The results of native code that returned."""
@@ -7447,7 +7453,7 @@ class Context:
         if type == V128:
             return bytes(view[position:position + 16])
         bits = unpack_u64_at(view, position)[0]
-        return cooked(type, bits) if type.__class__ is int else self.references[bits]
+        return cooked(type, bits) if type.__class__ is int else self.references[bits] if bits else None
 
     def handle(self, value):
         """The number of a reference."""
@@ -7455,9 +7461,19 @@ class Context:
             return 0
         handle = self.handles.get(id(value))
         if handle is None:
-            handle = self.handles[id(value)] = len(self.references)
-            self.references.append(value)
+            handle = self.handles[id(value)] = self.next_handle
+            self.references[handle] = value
+            self.next_handle += 1
         return handle
+
+    def sweep(self):
+        """Forgets the references of which no number is on the stack, where at a callback native
+        code has all it needs. A number that only looks like one keeps its reference."""
+        stack = self.stack
+        words = set(stack.view[stack.top - stack.start & -8:].cast("Q"))
+        self.references = {handle: value for handle, value in self.references.items() if handle in words}
+        self.handles = {id(value): handle for handle, value in self.references.items()}
+        self.sweep_at = 2 * len(self.references) + SWEEP
 
     def fail(self, status, base):
         """Raises what native code stopped with, the frames that it left added to its backtrace."""
@@ -7490,8 +7506,10 @@ class Context:
     def call_back(self, number, sp, host):
         """What the helper stub calls; `sp` is where the return address is."""
         stack = self.stack
-        saved, stack.top = stack.top, sp
+        saved, stack.top = stack.top, sp - HELPER_BYTES
         try:
+            if len(self.references) > self.sweep_at:
+                self.sweep()
             if not stack.host_top:
                 stack.host_top = host
             elif stack.host_top - host > stack.host_bytes:
@@ -7551,7 +7569,7 @@ class Mirror:
 
     def __init__(self, context, table, offset):
         self.context, self.table, self.offset = context, table, offset
-        self.mapping = None
+        self.mapping, self.noted = None, set()
         table.mirrors.append(self)
         self.clear()
 
@@ -7562,10 +7580,13 @@ class Mirror:
             self.mapping = mmap.mmap(-1, max(size, 4096), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.context.write(self.offset, self.context.machine.address_of(self.mapping))
         else:
-            self.mapping[:] = bytes(len(self.mapping))
+            for index in self.noted:
+                pack_u64_at(self.mapping, 8 * index, 0)
+        self.noted.clear()
         self.context.write(self.offset + 8, len(self.table.elements))
 
     def note(self, index, type_number, number):
+        self.noted.add(index)
         pack_u64_at(self.mapping, 8 * index, type_number << 32 | number)
 
 
