@@ -4441,7 +4441,33 @@ STORE_BITS = {"i32.store": 32, "i64.store": 64, "i32.store8": 8, "i32.store16": 
               "i64.store32": 32}
 
 
-class X64:
+class Assembler:
+    """What does not depend on the processor."""
+
+    def __init__(self):
+        self.code = bytearray()
+        self.labels = []                # position, or None
+        self.fixups = []                # what finish() mends: (position, label, …)
+
+    def label(self):
+        self.labels.append(None)
+        return len(self.labels) - 1
+
+    def bind(self, label):
+        self.labels[label] = len(self.code)
+
+    def float_select(self, condition, d, a, b):
+        """select() of floats or vectors"""
+        done = self.label()
+        if d == b:
+            a, b, condition = b, a, condition ^ 1
+        self.float_move(d, a)
+        self.jump_if(condition, done)
+        self.float_move(d, b)
+        self.bind(done)
+
+
+class X64(Assembler):
     """x86-64 with SSE4.1 and POPCNT (the level x86-64-v2)."""
 
     machine = "x86_64"
@@ -4552,11 +4578,6 @@ class X64:
     flush_stub = None                   # instruction fetches see what was written
     encodings, indirect_encodings = {}, {}
 
-    def __init__(self):
-        self.code = bytearray()
-        self.labels = []                # position, or None
-        self.fixups = []                # (position of 32 bits, label, what it is relative to)
-
     # -- encoding --
 
     def register(self, opcode, wide, reg, rm, byte=False):
@@ -4595,14 +4616,8 @@ class X64:
 
     # -- labels and jumps --
 
-    def label(self):
-        self.labels.append(None)
-        return len(self.labels) - 1
-
-    def bind(self, label):
-        self.labels[label] = len(self.code)
-
     def refer(self, label, base=None):
+        """32 bits for the distance of a label from `base`, or from behind them."""
         self.code += bytes(4)
         self.fixups.append((len(self.code) - 4, label, len(self.code) if base is None else base))
 
@@ -4888,15 +4903,6 @@ class X64:
         else:
             self.move(d, b)
             self.register(0x0F40 | condition, 1, d, a)
-
-    def float_select(self, condition, d, a, b):
-        done = self.label()
-        if d == b:
-            a, b, condition = b, a, condition ^ 1
-        self.float_move(d, a)
-        self.jump_if(condition, done)
-        self.float_move(d, b)
-        self.bind(done)
 
     # -- memory --
 
@@ -5301,7 +5307,7 @@ class X64:
         self.jump_context(trap)
 
 
-class A64:
+class A64(Assembler):
     """aarch64, Armv8.0."""
 
     machine = "aarch64"
@@ -5364,11 +5370,6 @@ class A64:
         "v128.andnot": ("vector_binary", 0x4E601C00), "v128.not": ("vector_unary", 0x6E205800), "i8x16.popcnt": ("vector_unary", 0x4E205800),
         "v128.bitselect": ("vector_select",), "i8x16.swizzle": ("vector_swizzle",), "i8x16.shuffle": ("vector_shuffle",)}
 
-    def __init__(self):
-        self.code = bytearray()
-        self.labels = []                # position, or None
-        self.fixups = []                # (position of an instruction, label, shift, mask, what it is relative to)
-
     # -- encoding --
 
     def word(self, word):
@@ -5388,13 +5389,6 @@ class A64:
         return self.LINK, offset & 0xFFF
 
     # -- labels and jumps --
-
-    def label(self):
-        self.labels.append(None)
-        return len(self.labels) - 1
-
-    def bind(self, label):
-        self.labels[label] = len(self.code)
 
     def refer(self, word, label, shift, bits):
         position = len(self.code)
@@ -5666,15 +5660,6 @@ class A64:
     def select(self, condition, d, a, b):
         """d := a if the condition holds, else b"""
         self.word(0x9A800000 | b << 16 | condition << 12 | a << 5 | d)
-
-    def float_select(self, condition, d, a, b):
-        done = self.label()
-        if d == b:
-            a, b, condition = b, a, condition ^ 1
-        self.float_move(d, a)
-        self.jump_if(condition, done)
-        self.float_move(d, b)
-        self.bind(done)
 
     # -- memory --
 
