@@ -9517,8 +9517,8 @@ process.capabilities.effective [string] applied
 process.capabilities.inheritable [string] applied
 process.capabilities.permitted [string] applied
 process.capabilities.ambient [string] applied
-process.apparmorProfile string refused
-process.selinuxLabel string refused
+process.apparmorProfile string applied
+process.selinuxLabel string applied
 process.ioPriority object refused
 process.scheduler object refused
 process.execCPUAffinity object refused
@@ -9815,7 +9815,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
             if space not in spaces:
                 raise ConfigError("config.json: %s needs an own uts namespace" % name)
             steps.append((name, config[name]))
-    return steps + plan_process(process, linux.get("seccomp"))
+    return plan_labels(process) + steps + plan_process(process, linux.get("seccomp"))
 
 
 def plan_namespaces(spaces):
@@ -9928,10 +9928,19 @@ def plan_process(process, seccomp=None):
     steps.append(("capabilities",) + tuple(sets.get(name, 0) for name in ("effective", "permitted", "inheritable", "ambient")))
     if process.get("noNewPrivileges"):
         steps.append(("no_new_privs",))
-    steps.append(("payload", process))
+    steps += [("payload", process), ("labels",)]
     if process.get("noNewPrivileges"):
         steps += filters
     return steps
+
+
+def plan_labels(process):
+    """What comes before all else: the way to give the process its AppArmor profile and
+    SELinux label at last, by the step "labels"."""
+    apparmor, selinux = process.get("apparmorProfile") or "", process.get("selinuxLabel") or ""
+    if apparmor == "unconfined":
+        apparmor = ""
+    return [("open_labels", apparmor, selinux)] if apparmor or selinux else []
 
 
 def capability_mask(names):
@@ -10802,7 +10811,7 @@ class ContainerError(Exception):
 class Setup:
     """What the operations share while they run in the child."""
 
-    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "shared", "status", "gate", "pid", "payload")
+    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "shared", "status", "gate", "pid", "payload", "labels")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -10817,6 +10826,7 @@ class Setup:
         self.gate = gate                # read end of the pipe from it
         self.pid = 0                    # ours, as the shim numbers it
         self.payload = None             # what load_payload found
+        self.labels = []                # (what, descriptor, text) of AppArmor, SELinux: for exec, for Wasm, …
 
 
 def perform(steps, setup):
@@ -11174,6 +11184,39 @@ def do_no_new_privs(setup):
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+def do_open_labels(setup, apparmor, selinux):
+    """Opens what takes the labels while /proc is the host's: in the container's an image
+    may have put a file that takes anything (CVE-2019-16884)."""
+    if apparmor:
+        if read_text("/sys/module/apparmor/parameters/enabled", "N") != "Y":
+            raise ContainerError("process.apparmorProfile %s: this kernel has no AppArmor, or not enabled; unconfined is possible" % apparmor)
+        directory = "/proc/self/attr/apparmor" if os.path.isdir("/proc/self/attr/apparmor") else "/proc/self/attr"
+        open_label(setup, "process.apparmorProfile " + apparmor, directory, "exec " + apparmor, "changeprofile " + apparmor)
+    if selinux:
+        if "selinuxfs" not in read_text("/proc/filesystems").split():
+            raise ContainerError("process.selinuxLabel %s: this kernel has no SELinux, or not enabled; remove the label" % selinux)
+        open_label(setup, "process.selinuxLabel " + selinux, "/proc/self/attr", selinux, selinux)
+
+
+def open_label(setup, what, directory, for_exec, for_now):
+    """Prepares the label for either payload: proc_pid_attr(5)."""
+    for name, text in (("exec", for_exec), ("current", for_now)):
+        setup.labels.append((what, os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CLOEXEC), text))
+
+
+def do_labels(setup):
+    """A native program gets its label by execve(2); a Wasm guest has no such moment, so the
+    engine changes its own."""
+    for what, fd, text in setup.labels[setup.payload[0] == "wasm"::2]:
+        try:
+            os.write(fd, os.fsencode(text))
+        except OSError as error:
+            reason = "no such profile is loaded" if error.errno == errno.ENOENT else os.strerror(error.errno)
+            raise OSError(error.errno, "%s: %s" % (what, reason)) from None
+    for _, fd, _ in setup.labels:
+        os.close(fd)
+
+
 def do_payload(setup, process):
     setup.payload = load_payload(process)
 
@@ -11191,7 +11234,7 @@ OPERATIONS = {function.__name__[3:]: function for function in (
     do_join, do_unshare, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink,
     do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_chroot, do_hostname,
     do_domainname, do_rlimit, do_oom_score_adj, do_bounding, do_identity, do_cwd, do_capabilities,
-    do_no_new_privs, do_payload, do_seccomp)}
+    do_no_new_privs, do_open_labels, do_payload, do_labels, do_seccomp)}
 
 
 def find_program(name, environment, cwd):
@@ -12040,7 +12083,7 @@ class TaskService:
         spaces.sort(key=lambda name: (name == "mount") - (name == "user"))
         pid = container.init.pid
         steps = [("join", "/proc/%d/ns/%s" % (pid, NAMESPACES[name][1]), NAMESPACES[name][0]) for name in spaces]
-        steps += plan_process(process.spec, (container.config.get("linux") or {}).get("seccomp"))
+        steps = plan_labels(process.spec) + steps + plan_process(process.spec, (container.config.get("linux") or {}).get("seccomp"))
         pid_namespace = "/proc/%d/ns/pid" % pid if "pid" in namespaces(container.config) else None
         self.fork(container, process, process.spec, steps, pid_namespace)
         process.kind = yield from self.hear(process)

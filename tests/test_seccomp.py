@@ -1,4 +1,4 @@
-"""Filters of system calls: the assembler against an interpreter of classic BPF, the numbers against
+"""Filters of system calls, AppArmor and SELinux: the assembler against an interpreter of classic BPF, the numbers against
 the machine's headers, the installed filter against the kernel."""
 
 import ctypes
@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -475,3 +476,107 @@ def test_create_fails_where_the_filter_forbids_our_own_calls(bundle):
     bundle.config["process"]["noNewPrivileges"] = False
     bundle.start()
     assert "cwd" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+
+
+# --- AppArmor and SELinux ---
+
+def enabled(path, word):
+    """Whether the kernel has one of the two, by what it says of itself."""
+    return word in chibishim.read_text(path, "none").split()
+
+
+APPARMOR = enabled("/sys/module/apparmor/parameters/enabled", "Y")
+SELINUX = enabled("/proc/filesystems", "selinuxfs")
+PROFILE = "chibitest flags=(attach_disconnected) { file, network, capability, signal, ptrace, mount, deny /etc/** w, }"
+
+
+def test_the_way_to_the_labels_is_opened_first_and_they_are_given_last():
+    config = chibishim.default_config("guest.wasm", [], [], [], False)
+    config["process"].update(apparmorProfile="docker-default", selinuxLabel="system_u:system_r:container_t:s0")
+    config["linux"]["seccomp"] = profile_of(("read", "ALLOW"))
+    steps = chibishim.plan(config, "/b", "/b/rootfs")
+    assert steps[0] == ("open_labels", "docker-default", "system_u:system_r:container_t:s0")
+    assert [step[0] for step in steps][-4:] == ["no_new_privs", "payload", "labels", "seccomp"]
+    for nothing in ({}, {"apparmorProfile": ""}, {"apparmorProfile": "unconfined", "selinuxLabel": ""}):
+        assert chibishim.plan_labels(nothing) == []
+
+
+@pytest.mark.parametrize("kind, texts", [("native", [b"exec p", b"u:r:t"]), ("wasm", [b"changeprofile p", b"u:r:t"])])
+def test_each_payload_gets_its_own_label(kind, texts, tmp_path):
+    """With files in the place of the kernel's."""
+    setup = chibishim.Setup(None, None, None, -1, -1)
+    for directory, texts_of_files in (("apparmor", ("exec p", "changeprofile p")), ("selinux", ("u:r:t", "u:r:t"))):
+        (tmp_path / directory).mkdir()
+        for name in ("exec", "current"):
+            (tmp_path / directory / name).touch()
+        chibishim.open_label(setup, directory, str(tmp_path / directory), *texts_of_files)
+    setup.payload = (kind, None, None)
+    chibishim.do_labels(setup)
+    written, other = ("exec", "current") if kind == "native" else ("current", "exec")
+    assert [(tmp_path / directory / written).read_bytes() for directory in ("apparmor", "selinux")] == texts
+    assert [(tmp_path / directory / other).read_bytes() for directory in ("apparmor", "selinux")] == [b"", b""]
+    for _, fd, _ in setup.labels:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+
+
+@needs_root
+@pytest.mark.skipif(APPARMOR, reason="this kernel has AppArmor")
+def test_create_fails_without_apparmor_in_the_kernel(bundle):
+    bundle.config["process"]["apparmorProfile"] = "docker-default"
+    bundle.start()
+    text = bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+    assert "process.apparmorProfile docker-default" in text and "AppArmor" in text
+
+
+@needs_root
+@pytest.mark.skipif(SELINUX, reason="this kernel has SELinux")
+def test_create_fails_without_selinux_in_the_kernel(bundle):
+    bundle.config["process"]["selinuxLabel"] = "system_u:system_r:container_t:s0"
+    bundle.start()
+    text = bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+    assert "process.selinuxLabel system_u:system_r:container_t:s0" in text and "SELinux" in text
+
+
+@needs_root
+def test_unconfined_needs_nothing_of_the_kernel(bundle):
+    bundle.config["process"]["apparmorProfile"] = "unconfined"
+    bundle.start().create()
+
+
+@pytest.fixture
+def profile():
+    """An AppArmor profile, loaded."""
+    parser = shutil.which("apparmor_parser")
+    if not parser:
+        pytest.skip("apparmor_parser (Debian package apparmor) is not installed")
+    subprocess.run([parser, "-K", "-r"], input=b"profile " + PROFILE.encode(), check=True)
+    yield "chibitest"
+    subprocess.run([parser, "-K", "-R"], input=b"profile " + PROFILE.encode(), check=True)
+
+
+@needs_root
+@pytest.mark.skipif(not APPARMOR, reason="no AppArmor in this kernel: NOT tested")
+def test_apparmor_confines_guests_programs_and_execs(bundle, profile):
+    def label(pid):
+        with open("/proc/%d/attr/current" % pid) as file:
+            return file.read().strip()
+    bundle.config["process"]["apparmorProfile"] = profile
+    pid = bundle.start().create()
+    bundle.call("Start")
+    assert label(pid) == profile + " (enforce)"
+    shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs"))
+    spec = json.dumps(dict(bundle.config["process"], args=["/busybox", "sleep", "100"])).encode()
+    bundle.call("Exec", exec_id="e1", spec={"type_url": "", "value": spec})
+    assert label(bundle.call("Start", exec_id="e1")["pid"]) == profile + " (enforce)"
+    bundle.call("Kill", signal=9)
+    bundle.call("Wait")
+
+
+@needs_root
+@pytest.mark.skipif(not APPARMOR, reason="no AppArmor in this kernel: NOT tested")
+def test_create_fails_for_a_profile_that_is_not_loaded(bundle):
+    bundle.config["process"]["apparmorProfile"] = "no-such-profile"
+    bundle.start()
+    assert "process.apparmorProfile no-such-profile: no such profile is loaded" in bundle.fails(
+        chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
