@@ -9763,6 +9763,34 @@ def namespaces(config):
     return found
 
 
+def id_mappings(config):
+    """(uid map, gid map) of linux.uidMappings and gidMappings: lists of (id inside, id outside, how many)."""
+    linux = config.get("linux") or {}
+    maps = []
+    for name in ("uidMappings", "gidMappings"):
+        rows = [tuple(item.get(key) or 0 for key in ("containerID", "hostID", "size")) for item in linux.get(name) or ()]
+        for row in rows:
+            if min(row) < 0 or not 0 < row[2] or max(row[:2]) + row[2] > MAX_ID + 1:
+                raise ConfigError("config.json: linux.%s: %d %d %d is no range of ids" % (name, *row))
+        maps.append(rows)
+    return maps
+
+
+def check_user_namespace(config, spaces):
+    """A user namespace is made with mappings, of id 0 among others: its root sets it up."""
+    maps = id_mappings(config)
+    if any(maps) and "user" not in spaces:
+        raise ConfigError("config.json: linux.uidMappings and gidMappings need a user namespace in linux.namespaces")
+    for name, rows in zip(("uidMappings", "gidMappings"), maps):
+        if spaces.get("user") == "" and mapped_id(rows, 0) is None:
+            raise ConfigError("config.json: linux.%s: a user namespace needs a mapping of id 0" % name)
+
+
+def mapped_id(rows, inside):
+    """The id outside of a user namespace; None if there is none."""
+    return next((outside + inside - first for first, outside, size in rows if first <= inside < first + size), None)
+
+
 def mount_options(words, where="mount"):
     """(flags, propagation flags, data) of mount option words."""
     flags = 0
@@ -9788,6 +9816,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
     linux = config.get("linux") or {}
     process = config.get("process") or {}
     spaces = namespaces(config)
+    check_user_namespace(config, spaces)
     user_namespace = user_namespace or "user" in spaces
     sysctls = plan_sysctls(linux.get("sysctl") or {}, spaces)
     hook_steps = [("sync",), ("hooks", "createContainer")] if config.get("hooks") else []
@@ -9819,17 +9848,14 @@ def plan(config, bundle, rootfs, user_namespace=False):
 
 
 def plan_namespaces(spaces):
-    """Joining and creating namespaces; pid namespaces are the forking parent's business."""
+    """Joining and creating namespaces; user and pid namespaces are the forking parent's business."""
     steps = []
     flags = 0
     for name, path in spaces.items():
-        if name == "user" and not path:
-            raise ConfigError("config.json: linux.namespaces: a new user namespace is not supported, and without it the "
-                              "container's root would be the host's; remove it, or give the path of one")
-        if name == "pid":
+        if name in ("pid", "user"):
             continue
         if path:
-            steps.insert(0 if name == "user" else len(steps), ("join", path, NAMESPACES[name][0]))
+            steps.append(("join", path, NAMESPACES[name][0]))
         else:
             flags |= NAMESPACES[name][0]
     if flags:
@@ -9899,22 +9925,24 @@ def plan_devices(config, user_namespace):
     return steps + [("symlink", target, path) for target, path in DEVICE_LINKS]
 
 
+def plan_rlimits(process):
+    """Resource limits: a step for each."""
+    found = {}
+    for item in process.get("rlimits") or ():
+        name = item.get("type") or ""
+        if name[:7] != "RLIMIT_" or name[7:] not in RLIMITS or name in found:
+            raise ConfigError("config.json: process.rlimits: %s %r" % ("double" if name in found else "unknown", name))
+        found[name] = ("rlimit", name, item.get("soft") or 0, item.get("hard") or 0)
+    return list(found.values())
+
+
 def plan_process(process, seccomp=None):
     """What the process gives up or takes on, in the one order that works: limits while we
     are root, the bounding set before the identity, capabilities after it. A system call
     filter comes last, so that it need not allow what we do; yet without no_new_privs it
     takes CAP_SYS_ADMIN, which is still there before the capabilities go: seccomp(2)."""
-    steps = []
+    steps = plan_rlimits(process)
     filters = [plan_seccomp(seccomp, os.uname().machine)] if seccomp else []
-    seen = set()
-    for item in process.get("rlimits") or ():
-        name = item.get("type") or ""
-        if name[:7] != "RLIMIT_" or name[7:] not in RLIMITS or name in seen:
-            raise ConfigError("config.json: process.rlimits: %s %r" % ("double" if name in seen else "unknown", name))
-        seen.add(name)
-        steps.append(("rlimit", name, item.get("soft") or 0, item.get("hard") or 0))
-    if process.get("oomScoreAdj") is not None:
-        steps.append(("oom_score_adj", process["oomScoreAdj"]))
     user = process.get("user") or {}
     identity = [user.get("uid") or 0, user.get("gid") or 0] + list(user.get("additionalGids") or ())
     if not all(0 <= number <= MAX_ID for number in identity):
@@ -10799,6 +10827,8 @@ def buffer_address(memory, _ctypes):
 
 WASM_MAGIC = b"\0asm"
 WASM_MODULE, WASM_COMPONENT = b"\0asm\1\0\0\0", b"\0asm\x0d\0\1\0"
+SYS_OPEN_TREE, SYS_MOVE_MOUNT = 428, 429            # the same everywhere
+AT_FDCWD, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = -100, 0x8000, 1, 4, 0x40
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 PROC_TARGETS = ("/proc/cpuinfo", "/proc/diskstats", "/proc/meminfo", "/proc/stat", "/proc/swaps", "/proc/uptime",
                 "/proc/loadavg", "/proc/slabinfo", "/proc/net/dev", "/proc/sys/kernel/ns_last_pid", "/proc/sys/crypto/fips_enabled")
@@ -10811,7 +10841,8 @@ class ContainerError(Exception):
 class Setup:
     """What the operations share while they run in the child."""
 
-    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "shared", "status", "gate", "pid", "payload", "labels")
+    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "shared", "status", "gate", "pid",
+                 "payload", "labels")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -10820,7 +10851,9 @@ class Setup:
         self.hooks = hooks              # a function that runs the hooks of a point; None in an exec
         self.null = -1                  # the host's /dev/null, for masking
         self.limits = limits            # the resource module, if the plan needs it
-        self.adopted = False            # the parent that forked us is not the shim
+        self.adopted = False            # a child of the shim forked us, and did prepare_child
+        self.trees = []                 # mounts that stand by for the bind mounts of the plan, in its order
+        self.keep = []                  # further descriptors that the plan needs
         self.shared = 0                 # flags of the namespaces that were joined and are the shim's
         self.status = status            # write end of the pipe to the shim
         self.gate = gate                # read end of the pipe from it
@@ -10838,11 +10871,16 @@ def perform(steps, setup):
             raise ContainerError("%s: %s" % (step[0].replace("_", " "), error.strerror or error)) from None
 
 
-def do_join(setup, path, flag):
+def open_namespace(path):
+    """A namespace's descriptor."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ContainerError("namespace path %s: %s" % (path, error.strerror)) from None
+
+
+def do_join(setup, path, flag):
+    fd = open_namespace(path)
     own = next(file for known, file in NAMESPACES.values() if known == flag)
     if setup and os.fstat(fd).st_ino == os.stat("/proc/self/ns/" + own).st_ino:
         setup.shared |= flag
@@ -10865,6 +10903,8 @@ def do_loopback_up(setup):
 
 def do_prepare_root(setup, rootfs, propagation):
     """pivot_root(2) wants the new root to be a mount point, and no mount may leak back."""
+    if not os.access(rootfs, os.X_OK):
+        raise OSError(errno.EACCES, "rootfs %s: not for user %d: a directory above lacks the x bit" % (rootfs, os.getuid()))
     mount(None, "/", None, propagation)
     for entry in mount_table():         # the mount that holds rootfs must not be shared
         if (rootfs + "/").startswith(entry.mountpoint.rstrip("/") + "/") and any(o.startswith("shared") for o in entry.propagation):
@@ -10923,16 +10963,14 @@ def check_target(setup, fd, target, type, flags):
 
 def do_mount(setup, source, target, type, flags, propagation, data):
     bind = flags & MS_BIND
-    directory = True
+    tree = -1
     if bind:
-        try:
-            directory = os.stat(source).st_mode & 0o170000 == 0o040000
-        except OSError as error:
-            raise OSError(error.errno, "bind mount source %s: %s" % (source, error.strerror)) from None
-    fd = ensure(setup, target, directory)
+        tree = setup.trees.pop(0) if setup.trees else open_tree(source, flags & MS_REC)
+    fd = ensure(setup, target, not bind or os.fstat(tree).st_mode & 0o170000 == 0o040000)
     check_target(setup, fd, target, type, flags)
     if bind:
-        mount(source, fd_path(fd), None, flags & (MS_BIND | MS_REC))
+        move_mount(tree, fd, flags & MS_REC)
+        os.close(tree)
     else:
         mount_filesystem(source, fd, target, type, flags, data)
     os.close(fd)
@@ -10944,6 +10982,59 @@ def do_mount(setup, source, target, type, flags, propagation, data):
         for flag in propagation:
             mount(None, fd_path(fd), None, flag)
         os.close(fd)
+
+
+def open_tree(source, recursive):
+    """A bind mount that is nowhere yet, as a descriptor; before Linux 5.2 its source."""
+    try:
+        return libc.syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(source), OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if recursive else 0))
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            return os.open(source, O_PATH | os.O_CLOEXEC)
+        raise OSError(error.errno, "bind mount source %s: %s" % (source, os.strerror(error.errno))) from None
+
+
+def move_mount(tree, fd, recursive):
+    """Attaches what open_tree returned at a place."""
+    try:
+        libc.syscall(SYS_MOVE_MOUNT, tree, b"", fd, b"", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        mount(fd_path(tree), fd_path(fd), None, MS_BIND | recursive)
+
+
+def prepare_child(setup, steps, user_namespace, pid_namespace):
+    """What a child of the shim does before it forks the container's process: with the host's
+    rights that for which a user namespace's root has none, then into that namespace. Nothing
+    that is mounted on the way may leak back to the host."""
+    if setup.cgroup:
+        setup.cgroup.enter()
+    if user_namespace is not None:
+        libc.unshare(CLONE_NEWNS)
+        mount(None, "/", None, MS_SLAVE | MS_REC)
+        for index, step in enumerate(steps):
+            if step[0] == "join":
+                setup.keep.append(open_namespace(step[1]))
+                steps[index] = ("join", fd_path(setup.keep[-1]), step[2])
+        pid_namespace = pid_namespace and fd_path(open_namespace(pid_namespace))
+        setup.trees = [open_tree(step[1], step[4] & MS_REC) for step in steps if step[0] == "mount" and step[4] & MS_BIND]
+        for step in steps:
+            if step[0] == "rlimit":     # to be set later, when nobody may raise it
+                raise_rlimit(setup, *step[1:])
+        do_join(None, user_namespace, CLONE_NEWUSER)
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+    if pid_namespace is not None:
+        enter_pid_namespace(pid_namespace)
+
+
+def enter_pid_namespace(path):
+    """For the children that follow: a new pid namespace, or the one at `path`."""
+    if path:
+        do_join(None, path, CLONE_NEWPID)
+    else:
+        libc.unshare(CLONE_NEWPID)
 
 
 def mount_filesystem(source, fd, target, type, flags, data):
@@ -11119,13 +11210,16 @@ def do_rlimit(setup, name, soft, hard):
         raise OSError(errno.EPERM, "%s %d:%d: %s" % (name, soft, hard, error)) from None
 
 
+def raise_rlimit(setup, name, soft, hard):
+    """Makes room for do_rlimit below a limit that is too low for it."""
+    before = setup.limits.getrlimit(getattr(setup.limits, name))
+    if before[1] != -1 and (to_limit(hard) == -1 or hard > before[1]):
+        do_rlimit(setup, name, before[0] & MAX_U64, hard)
+
+
 def to_limit(value):
     """RLIM_INFINITY is -1 in Python, 2^64-1 in JSON."""
     return -1 if value >= MAX_U64 >> 1 else value
-
-
-def do_oom_score_adj(setup, value):
-    write_text("/proc/self/oom_score_adj", str(value))
 
 
 def do_bounding(setup, mask):
@@ -11141,13 +11235,6 @@ def do_bounding(setup, mask):
 
 def do_identity(setup, uid, gid, groups, umask):
     libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
-    for fd in (0, 1, 2):                # so that the guest can open /dev/stdout again
-        status = os.fstat(fd)
-        if uid and status.st_uid != uid and status.st_rdev != os.makedev(1, 3):
-            try:
-                os.fchown(fd, uid, -1)
-            except OSError:
-                pass                    # a read-only or foreign file system: the descriptor still works
     try:
         os.setgroups(groups)
     except PermissionError:
@@ -11233,7 +11320,7 @@ def do_seccomp(setup, call, flags, program):
 OPERATIONS = {function.__name__[3:]: function for function in (
     do_join, do_unshare, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink,
     do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_chroot, do_hostname,
-    do_domainname, do_rlimit, do_oom_score_adj, do_bounding, do_identity, do_cwd, do_capabilities,
+    do_domainname, do_rlimit, do_bounding, do_identity, do_cwd, do_capabilities,
     do_no_new_privs, do_open_labels, do_payload, do_labels, do_seccomp)}
 
 
@@ -11328,15 +11415,15 @@ def container_child(process, steps, setup, stdio, terminal):
         reset_signals()
         if not setup.adopted:           # else the parent is about to end, by intention
             libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+            if setup.cgroup:
+                setup.cgroup.enter()
         os.setsid()
         for target, fd in enumerate(stdio):
             os.dup2(fd, target)
         if terminal:
             fcntl.ioctl(0, TIOCSCTTY, 0)
-        close_all_but(0, 1, 2, setup.status, setup.gate)
+        close_all_but(0, 1, 2, setup.status, setup.gate, *setup.trees, *setup.keep)
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-        if setup.cgroup:
-            setup.cgroup.enter()
         code = container_main(process, steps, setup)
     except (ContainerError, ConfigError) as error:
         send_error(setup.status, str(error))
@@ -11752,15 +11839,14 @@ class TaskService:
         spec = config["process"]
         size = spec.get("consoleSize") or {}
         init.io.resize(size.get("width") or 0, size.get("height") or 0)
-        pid_namespace = namespaces(config).get("pid")
-        self.fork(container, init, spec, steps, pid_namespace)
+        self.fork(container, init, spec, steps, namespaces(config))
         record_init(bundle, container)
         if config.get("hooks"):
             yield from self.hear(init)  # b"R"
             yield from self.run_hooks(container, "prestart", "creating")
             yield from self.run_hooks(container, "createRuntime", "creating")
             self.answer(init)
-        init.kind = yield from self.hear(init)
+        yield from self.await_ready(init, spec)
 
     def make_cgroup(self, container, userns):
         """The container's Cgroup with its limits in force, or None where a user namespace
@@ -11774,38 +11860,47 @@ class TaskService:
         cgroup.limit(linux.get("resources") or {})
         return cgroup
 
-    def fork(self, container, process, spec, steps, pid_namespace):
-        """Forks the child of a process. A new pid namespace is for children only, so it is the
-        shim that unshares it, forks, and returns to its own: pid_namespaces(7)."""
+    def fork(self, container, process, spec, steps, spaces, keep=()):
+        """Forks the child of a process. `spaces` are the container's namespaces as namespaces()
+        tells them, `keep` descriptors that the steps need."""
+        maps = id_mappings(container.config)
+        uid = (spec.get("user") or {}).get("uid") or 0
+        give_streams(process.io.child, mapped_id(maps[0], uid) or 0 if "user" in spaces else uid)
         limits = None
         if any(step[0] == "rlimit" for step in steps):
             import resource as limits
         libc.prctl(PR_SET_NAME, b"chibishim", 0, 0, 0)      # also loads _ctypes before the fork
         status, child_status = os.pipe2(os.O_CLOEXEC)
         child_gate, gate = os.pipe2(os.O_CLOEXEC)
-        own = -1
-        two_steps = pid_namespace is not None and in_user_namespace()
+        hooks = None if process.id else lambda point, pid: run_hooks_here(container, point, pid)
+        setup = Setup(container.cgroup, hooks, limits, child_status, child_gate)
+        setup.keep = list(keep)
+        made = -1
         try:
-            if pid_namespace is not None and not two_steps:
-                own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-                enter_pid_namespace(pid_namespace)
-            pid = fork_grandchild(pid_namespace) if two_steps else os.fork()
+            if spaces.get("user") == "":
+                made = make_user_namespace(*maps)
+                spaces["user"] = fd_path(made)
+            pid = fork_into(setup, steps, spaces.get("user"), spaces.get("pid"))
             if not pid:
-                hooks = None if process.id else lambda point, pid: run_hooks_here(container, point, pid)
-                setup = Setup(container.cgroup, hooks, limits, child_status, child_gate)
-                setup.adopted = two_steps
                 container_child(spec, steps, setup, process.io.child, process.io.names["terminal"])
+        except BaseException:
+            os.close(status)
+            os.close(gate)
+            raise
         finally:
-            if own >= 0:
-                libc.setns(own, CLONE_NEWPID)
-                os.close(own)
-            os.close(child_status)
-            os.close(child_gate)
+            for fd in {made, child_status, child_gate} - {-1}:
+                os.close(fd)
         process.pid, process.status, process.gate = pid, status, gate
         process.pidfd = os.pidfd_open(pid)
         os.set_blocking(status, False)
         self.children[pid] = lambda code: self.loop.spawn(self.on_exit(container, process, code))
         process.io.forked(self.loop)
+
+    def await_ready(self, process, spec):
+        """Waits until nothing is left to do but the payload, and does what is not for the child to do."""
+        process.kind = yield from self.hear(process)
+        if spec.get("oomScoreAdj") is not None and not is_dead(process):
+            write_text("/proc/%d/oom_score_adj" % process.pid, str(spec["oomScoreAdj"]))
 
     def hear_more(self, process):
         """Adds to what was heard of the child; b"" at the end."""
@@ -12077,16 +12172,23 @@ class TaskService:
 
     def start_exec(self, container, process):
         """Forks a process into the container: its namespaces by way of init's."""
+        last = plan_process(process.spec, (container.config.get("linux") or {}).get("seccomp"))
         process.io.open()
-        spaces = [name for name in namespaces(container.config) if name != "pid"]
-        # user is the first one, for it grants the right to the others; mount the last: /proc is needed until then
-        spaces.sort(key=lambda name: (name == "mount") - (name == "user"))
-        pid = container.init.pid
-        steps = [("join", "/proc/%d/ns/%s" % (pid, NAMESPACES[name][1]), NAMESPACES[name][0]) for name in spaces]
-        steps = plan_labels(process.spec) + steps + plan_process(process.spec, (container.config.get("linux") or {}).get("seccomp"))
-        pid_namespace = "/proc/%d/ns/pid" % pid if "pid" in namespaces(container.config) else None
-        self.fork(container, process, process.spec, steps, pid_namespace)
-        process.kind = yield from self.hear(process)
+        fds = {}
+        try:
+            for name in namespaces(container.config):
+                fds[name] = os.open("/proc/%d/ns/%s" % (container.init.pid, NAMESPACES[name][1]), os.O_RDONLY | os.O_CLOEXEC)
+            if is_dead(container.init):         # then its pid may have been another process's
+                raise ContainerError("the container's process has ended")
+            spaces = {name: fd_path(fd) for name, fd in fds.items()}
+            steps = [("join", path, NAMESPACES[name][0]) for name, path in spaces.items() if name not in ("pid", "user", "mount")]
+            if "mount" in spaces:               # the last one: /proc is needed until then
+                steps.append(("join", spaces["mount"], CLONE_NEWNS))
+            self.fork(container, process, process.spec, plan_labels(process.spec) + steps + last, spaces, fds.values())
+        finally:
+            for fd in fds.values():
+                os.close(fd)
+        yield from self.await_ready(process, process.spec)
 
     def Checkpoint(self, request):
         raise RpcError(UNIMPLEMENTED, "checkpoint is not supported: a Wasm engine's state is not for CRIU")
@@ -12111,27 +12213,20 @@ class TaskService:
                 handler(code)
 
 
-def enter_pid_namespace(path):
-    """For the children that follow: a new pid namespace, or the one at `path`."""
-    if path:
-        do_join(None, path, CLONE_NEWPID)
-    else:
-        libc.unshare(CLONE_NEWPID)
-
-
-def fork_grandchild(pid_namespace):
-    """fork(2) by way of a child that enters the pid namespace and ends: in a user namespace
-    we could not return to our own, which belongs to the host. The grandchild falls to us,
-    its subreaper."""
+def fork_grandchild(prepare):
+    """fork(2) by way of a child that calls `prepare` and ends: it may enter a user namespace, or
+    in one a pid namespace, from where nobody returns. The grandchild falls to us, its subreaper."""
     read, write = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if not child:
         grandchild = -1
         try:
-            enter_pid_namespace(pid_namespace)
+            prepare()
             grandchild = os.fork()
             if grandchild:
                 os.write(write, b"%d" % grandchild)
+        except (ContainerError, OSError) as error:
+            send_error(write, str(getattr(error, "strerror", None) or error))
         finally:
             if grandchild:
                 os._exit(0)
@@ -12139,12 +12234,80 @@ def fork_grandchild(pid_namespace):
         os.close(write)
         return 0
     os.close(write)
-    pid = os.read(read, 20)
+    word = os.read(read, 4096)
     os.close(read)
     os.waitpid(child, 0)
-    if not pid:
-        raise ContainerError("pid namespace: not permitted in this user namespace")
-    return int(pid)
+    if not word.isdigit():
+        raise ContainerError(word[1:].decode("utf-8", "replace") or "the container's process was not forked")
+    return int(word)
+
+
+def make_user_namespace(uids, gids):
+    """A descriptor of a new user namespace with these maps. A child makes it and waits, as
+    the maps must be written from outside: user_namespaces(7)."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if not child:
+        try:
+            libc.unshare(CLONE_NEWUSER)
+            os.write(write, b"U")
+            time.sleep(60)
+        except OSError as error:
+            send_error(write, str(error.strerror))
+        finally:
+            os._exit(0)
+    os.close(write)
+    try:
+        word = os.read(read, 4096)
+        if word != b"U":
+            raise ContainerError("user namespace: " + word[1:].decode("utf-8", "replace"))
+        for name, rows in (("uid_map", uids), ("gid_map", gids)):
+            write_text("/proc/%d/%s" % (child, name), "".join("%d %d %d\n" % row for row in rows))
+        return os.open("/proc/%d/ns/user" % child, os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(read)
+        os.kill(child, SIGKILL)
+        os.waitpid(child, 0)
+
+
+def give_streams(fds, uid):
+    """Makes a user the owner of his streams, so that he can open /dev/stdout again."""
+    for fd in set(fds):
+        status = os.fstat(fd)
+        if uid and status.st_uid != uid and status.st_rdev != os.makedev(1, 3):
+            try:
+                os.fchown(fd, uid, -1)
+            except OSError:
+                pass                    # a read-only or foreign file system: the descriptor still works
+
+
+def fork_into(setup, steps, user_namespace, pid_namespace):
+    """fork(2) into namespaces that are for children only. The shim enters a pid namespace, forks,
+    and returns to its own; where it could not, a child in between does that: pid_namespaces(7)."""
+    setup.adopted = user_namespace is not None or pid_namespace is not None and in_user_namespace()
+    if setup.adopted:
+        return fork_grandchild(lambda: prepare_child(setup, steps, user_namespace, pid_namespace))
+    if pid_namespace is None:
+        return os.fork()
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    pid = -1
+    try:
+        enter_pid_namespace(pid_namespace)
+        pid = os.fork()
+        return pid
+    finally:
+        if pid:
+            libc.setns(own, CLONE_NEWPID)
+        os.close(own)
+
+
+def is_dead(process):
+    """Whether a process has ended; reaped or not, which decides whether its pid is its own."""
+    if process.pidfd < 0:
+        return True
+    poll = select.poll()
+    poll.register(process.pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def valid_id(id):

@@ -21,9 +21,30 @@ def namespaces_of(*extra):
     return [{"type": name} for name in ("pid", "network", "mount", "ipc", "uts")] + list(extra)
 
 
-def test_a_new_user_namespace_is_refused_not_dropped():
-    with pytest.raises(chibishim.ConfigError, match="user namespace"):
-        plan_of(namespaces=namespaces_of({"type": "user"}), uidMappings=[{"containerID": 0, "hostID": 100000, "size": 65536}])
+ROOT_MAP = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+USER = namespaces_of({"type": "user"})
+
+
+@pytest.mark.parametrize("linux", [
+    {"namespaces": USER}, {"namespaces": USER, "uidMappings": ROOT_MAP}, {"uidMappings": ROOT_MAP, "gidMappings": ROOT_MAP},
+    {"namespaces": USER, "uidMappings": ROOT_MAP, "gidMappings": [{"containerID": 1, "hostID": 100000, "size": 1}]},
+    {"namespaces": USER, "uidMappings": ROOT_MAP, "gidMappings": [{"containerID": 0, "hostID": 4294967295, "size": 2}]},
+    {"namespaces": USER, "uidMappings": ROOT_MAP, "gidMappings": [{"containerID": 0, "hostID": 100000}]}],
+    ids=["no maps", "no gids", "no namespace", "no root", "beyond the last id", "no size"])
+def test_a_user_namespace_needs_mappings_and_they_need_one(linux):
+    with pytest.raises(chibishim.ConfigError, match="user namespace|range of ids"):
+        plan_of(**linux)
+
+
+def test_ids_are_mapped_by_the_ranges():
+    rows = [(0, 1000, 1), (1, 100000, 10)]
+    assert [chibishim.mapped_id(rows, id) for id in (0, 1, 10, 11)] == [1000, 100000, 100009, None]
+
+
+@pytest.mark.parametrize("name", ["NOFILE", "RLIMIT_", "RLIMIT_FILES", ""])
+def test_an_unknown_resource_limit_is_refused(name):
+    with pytest.raises(chibishim.ConfigError, match="rlimits"):
+        chibishim.plan_rlimits({"rlimits": [{"type": name, "soft": 1, "hard": 1}]})
 
 
 @pytest.mark.parametrize("name, path", [
@@ -102,3 +123,26 @@ def test_the_device_program_allows_what_the_rules_allow(group, tmp_path):
         finally:
             os._exit(2)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+@needs_root
+@pytest.mark.parametrize("kernel", ["of today", "before 5.2"])
+def test_bind_mounts_need_no_new_kernel(tmp_path, monkeypatch, kernel):
+    if kernel == "before 5.2":
+        monkeypatch.setattr(chibishim, "SYS_OPEN_TREE", 9999)
+        monkeypatch.setattr(chibishim, "SYS_MOVE_MOUNT", 9999)
+    (tmp_path / "from").mkdir()
+    (tmp_path / "to").mkdir()
+    (tmp_path / "from" / "file").write_text("here")
+    pid = os.fork()
+    if not pid:
+        try:
+            chibishim.libc.unshare(chibishim.CLONE_NEWNS)
+            chibishim.mount(None, "/", None, chibishim.MS_PRIVATE | chibishim.MS_REC)
+            tree = chibishim.open_tree(str(tmp_path / "from"), chibishim.MS_REC)
+            chibishim.move_mount(tree, os.open(tmp_path / "to", os.O_PATH), chibishim.MS_REC)
+            os._exit((tmp_path / "to" / "file").read_text() != "here")
+        finally:
+            os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert os.listdir(tmp_path / "to") == []

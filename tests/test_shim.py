@@ -16,6 +16,7 @@ from chibishim import RpcError, decode, encode
 from containerd import MODULES, SHIM
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of the shim's service is tested")
+needs_busybox = pytest.mark.skipif(not os.path.exists("/bin/busybox"), reason="busybox (Debian package busybox-static) is not installed")
 
 
 class Bundle:
@@ -233,8 +234,96 @@ def noted(bundle):
         return [line.split() for line in file]
 
 
+def status_of(pid, name):
+    with open("/proc/%d/status" % pid) as file:
+        return next(line.split()[1:] for line in file if line.startswith(name + ":"))
+
+
+@pytest.fixture
+def mapped(bundle):
+    """A bundle whose root is the host's user 100000."""
+    linux = bundle.config["linux"]
+    linux["namespaces"].append({"type": "user"})
+    linux["uidMappings"] = linux["gidMappings"] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+    os.chmod(bundle.directory, 0o711)
+    os.chown(os.path.join(bundle.path, "rootfs"), 100000, 100000)
+    return bundle
+
+
+def test_the_root_of_a_user_namespace_is_not_the_hosts(mapped):
+    mapped.config["process"].update(oomScoreAdj=70, rlimits=[{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 99}])
+    pid = mapped.start().create()
+    mapped.call("Start")
+    assert status_of(pid, "Uid") == status_of(pid, "Gid") == ["100000"] * 4
+    with open("/proc/%d/uid_map" % pid) as file:
+        assert file.read().split() == ["0", "100000", "65536"]
+    for name in ("user", "pid", "net", "mnt", "ipc", "uts"):
+        assert os.readlink("/proc/%d/ns/%s" % (pid, name)) != os.readlink("/proc/self/ns/%s" % name)
+    with open("/proc/%d/limits" % pid) as file:
+        assert next(line.split()[3:5] for line in file if line.startswith("Max open files")) == ["77", "99"]
+    with open("/proc/%d/oom_score_adj" % pid) as file:
+        assert file.read() == "70\n"
+    with open("/proc/%d/cgroup" % pid) as file:
+        assert mapped.id in file.read()
+
+
+def test_an_exec_enters_the_user_namespace_with_its_own_limits(mapped):
+    pid = mapped.start().create()
+    mapped.call("Start")
+    spec = dict(mapped.config["process"], user={"uid": 5, "gid": 6, "additionalGids": [7]}, oomScoreAdj=9,
+                rlimits=[{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}])
+    mapped.call("Exec", exec_id="x", spec={"value": json.dumps(spec).encode()}, stdout="file://" + mapped.output)
+    other = mapped.call("Start", exec_id="x")["pid"]
+    assert (status_of(other, "Uid")[0], status_of(other, "Gid")[0], status_of(other, "Groups")) == ("100005", "100006", ["100007"])
+    for name in ("user", "pid", "net", "mnt", "ipc", "uts"):
+        assert os.readlink("/proc/%d/ns/%s" % (pid, name)) == os.readlink("/proc/%d/ns/%s" % (other, name))
+    assert os.stat(mapped.output).st_uid == 100005
+    with open("/proc/%d/oom_score_adj" % other) as file:
+        assert file.read() == "9\n"
+
+
+def test_a_user_namespace_is_joined_by_its_path(mapped):
+    pid = mapped.start().create()
+    mapped.call("Start")
+    second = Bundle(mapped.directory)
+    spaces = second.config["linux"]["namespaces"]
+    spaces[:] = [dict(space, path="/proc/%d/ns/net" % pid) if space["type"] == "network" else space for space in spaces]
+    spaces.append({"type": "user", "path": "/proc/%d/ns/user" % pid})
+    os.chown(os.path.join(second.path, "rootfs"), 100000, 100000)
+    try:
+        other = second.start().create()
+        assert status_of(other, "Uid")[0] == "100000"
+        for name in ("user", "net"):
+            assert os.readlink("/proc/%d/ns/%s" % (pid, name)) == os.readlink("/proc/%d/ns/%s" % (other, name))
+        assert os.readlink("/proc/%d/ns/pid" % pid) != os.readlink("/proc/%d/ns/pid" % other)
+        second.call("Delete")
+    finally:
+        second.command("delete")
+
+
+@needs_busybox
+def test_a_user_namespace_sees_bind_mounts_of_what_its_root_cannot_reach(mapped):
+    shutil.copy("/bin/busybox", os.path.join(mapped.path, "rootfs"))
+    secret = os.path.join(mapped.directory, "secret")
+    os.makedirs(secret + "/shared", 0o777)
+    os.chmod(secret, 0o700)
+    mapped.config["mounts"].append({"destination": "/data", "type": "bind", "source": secret + "/shared", "options": ["rbind", "ro"]})
+    pid = mapped.start().create()
+    before = open("/proc/self/mounts").read()
+    with open("/proc/%d/mountinfo" % pid) as file:
+        line = next(line.split() for line in file if line.split()[4] == "/data")
+    assert "ro" in line[5].split(",") and not line[6].startswith("shared")
+    subprocess.run(["nsenter", "-t", str(pid), "-U", "-m", "/busybox", "mount", "-t", "tmpfs", "tmpfs", "/data"], check=True)
+    assert open("/proc/self/mounts").read() == before           # nothing leaks
+
+
+def test_a_missing_bind_mount_source_is_named_in_a_user_namespace_too(mapped):
+    mapped.config["mounts"].append({"destination": "/data", "type": "bind", "source": "/no/such", "options": ["bind"]})
+    mapped.start()
+    assert "/no/such: No such file" in mapped.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=mapped.path)
+
+
 HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
-needs_busybox = pytest.mark.skipif(not os.path.exists("/bin/busybox"), reason="busybox (Debian package busybox-static) is not installed")
 
 
 @pytest.fixture
