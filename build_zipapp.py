@@ -23,7 +23,7 @@ DATE = (1980, 1, 1, 0, 0, 0)
 # needs until a guest runs, the engine, its native tier, and system call filters. Each
 # later one is loaded at the first call of one of these names.
 STAGES = (
-    ("Module", "native_status", "run_command", "command_run", "command_container", "command_image", "command_inspect"),
+    ("warm_up", "Module", "native_status", "run_command", "command_run", "command_container", "command_image", "command_inspect"),
     ("Machine", "compile_function"),
     ("plan_seccomp",),
 )

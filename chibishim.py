@@ -9018,6 +9018,10 @@ RECURSION_LIMIT = 20000                 # of Python's frames; where guests nest 
 EXIT_TRAP = 134                         # 128 + SIGABRT, as an aborted program
 
 
+def warm_up():
+    """Nothing; but in the archive, the first call of this loads all that guests need."""
+
+
 def run_command(data, arguments, environment, preopens, function="_start", preloads=(), listeners=(),
                 trace=False, fuel=None, timeout=None, tier=None):
     """Runs a WASI command module, bytes or a Module, and returns its exit status:
@@ -9844,7 +9848,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
             if space not in spaces:
                 raise ConfigError("config.json: %s needs an own uts namespace" % name)
             steps.append((name, config[name]))
-    return plan_labels(process) + steps + plan_process(process, linux.get("seccomp"))
+    return plan_labels(process) + steps + [("cgroup",)] + plan_process(process, linux.get("seccomp"))
 
 
 def plan_namespaces(spaces):
@@ -10528,10 +10532,11 @@ class Cgroup:
         """One line of the version 1 list."""
         write_text(os.path.join(self.directories["devices"], "devices.allow" if allow else "devices.deny"), text)
 
-    def enter(self):
-        """Moves the calling process in."""
+    def enter(self, pid=0):
+        """Moves a process in, the calling one by default. The kernel lets the first writer wait
+        for 10 to 20 ms."""
         for path in self.paths():
-            write_text(os.path.join(path, "cgroup.procs"), "0")
+            write_text(os.path.join(path, "cgroup.procs"), str(pid))
 
     def pids(self):
         """The processes inside, children's groups included, as this pid namespace numbers them."""
@@ -10842,7 +10847,7 @@ class Setup:
     """What the operations share while they run in the child."""
 
     __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "shared", "status", "gate", "pid",
-                 "payload", "labels")
+                 "later", "payload", "labels")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -10857,7 +10862,8 @@ class Setup:
         self.shared = 0                 # flags of the namespaces that were joined and are the shim's
         self.status = status            # write end of the pipe to the shim
         self.gate = gate                # read end of the pipe from it
-        self.pid = 0                    # ours, as the shim numbers it
+        self.pid = 0                    # ours, as the shim numbers it, once it has spoken
+        self.later = 0                  # CLONE_NEWCGROUP, if that namespace is still to be made
         self.payload = None             # what load_payload found
         self.labels = []                # (what, descriptor, text) of AppArmor, SELinux: for exec, for Wasm, …
 
@@ -10889,7 +10895,19 @@ def do_join(setup, path, flag):
 
 
 def do_unshare(setup, flags):
-    libc.unshare(flags)
+    setup.later = flags & CLONE_NEWCGROUP
+    libc.unshare(flags & ~CLONE_NEWCGROUP)
+
+
+def do_cgroup(setup):
+    """Waits until the shim has moved us into the cgroup, which takes as long as all that we do
+    meanwhile. A cgroup namespace shows what is below the group that its maker is in."""
+    if setup.cgroup and not setup.adopted and not setup.pid:
+        warm_up()
+        await_shim(setup)
+    if setup.later:
+        libc.unshare(setup.later)
+        setup.later = 0
 
 
 def do_loopback_up(setup):
@@ -11063,6 +11081,7 @@ def remount(fd, flags):
 def do_mount_cgroup(setup, target, flags):
     """The container's own groups at /sys/fs/cgroup: the unified one, or a directory of
     version 1's controllers."""
+    do_cgroup(setup)
     directories = setup.cgroup.directories if setup.cgroup else {}
     fd = ensure(setup, target)
     if not directories:
@@ -11120,6 +11139,7 @@ def do_symlink(setup, target, path):
 
 
 def do_sync(setup):
+    do_cgroup(setup)
     os.write(setup.status, b"R")
     await_shim(setup)
 
@@ -11318,7 +11338,7 @@ def do_seccomp(setup, call, flags, program):
 
 
 OPERATIONS = {function.__name__[3:]: function for function in (
-    do_join, do_unshare, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink,
+    do_join, do_unshare, do_cgroup, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink,
     do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_chroot, do_hostname,
     do_domainname, do_rlimit, do_bounding, do_identity, do_cwd, do_capabilities,
     do_no_new_privs, do_open_labels, do_payload, do_labels, do_seccomp)}
@@ -11415,8 +11435,6 @@ def container_child(process, steps, setup, stdio, terminal):
         reset_signals()
         if not setup.adopted:           # else the parent is about to end, by intention
             libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
-            if setup.cgroup:
-                setup.cgroup.enter()
         os.setsid()
         for target, fd in enumerate(stdio):
             os.dup2(fd, target)
@@ -11895,6 +11913,12 @@ class TaskService:
         os.set_blocking(status, False)
         self.children[pid] = lambda code: self.loop.spawn(self.on_exit(container, process, code))
         process.io.forked(self.loop)
+        if container.cgroup and not setup.adopted:
+            try:
+                container.cgroup.enter(pid)
+                self.answer(process)
+            except ProcessLookupError:
+                pass                    # it has died, and its status pipe tells why
 
     def await_ready(self, process, spec):
         """Waits until nothing is left to do but the payload, and does what is not for the child to do."""
@@ -12184,7 +12208,7 @@ class TaskService:
             steps = [("join", path, NAMESPACES[name][0]) for name, path in spaces.items() if name not in ("pid", "user", "mount")]
             if "mount" in spaces:               # the last one: /proc is needed until then
                 steps.append(("join", spaces["mount"], CLONE_NEWNS))
-            self.fork(container, process, process.spec, plan_labels(process.spec) + steps + last, spaces, fds.values())
+            self.fork(container, process, process.spec, plan_labels(process.spec) + steps + [("cgroup",)] + last, spaces, fds.values())
         finally:
             for fd in fds.values():
                 os.close(fd)
