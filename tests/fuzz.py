@@ -205,8 +205,9 @@ def attempt(data):
 def fuzz(seconds, seed):
     """Runs for so long; returns (modules tried, [(seed, module, what happened)])."""
     sources, findings, tried = seeds(), [], 0
-    previous = signal.signal(signal.SIGALRM, out_of_time), sys.unraisablehook
+    previous = signal.signal(signal.SIGALRM, out_of_time), sys.unraisablehook, chibishim.Module.tier
     sys.unraisablehook = ignore_lost
+    chibishim.Module.tier = None        # no alarm ends machine code; fuzz_native.py is for that
     try:
         end = time.monotonic() + seconds
         while sources and time.monotonic() < end:
@@ -218,7 +219,7 @@ def fuzz(seconds, seed):
             tried += 1
     finally:
         signal.signal(signal.SIGALRM, previous[0])
-        sys.unraisablehook = previous[1]
+        sys.unraisablehook, chibishim.Module.tier = previous[1:]
     return tried, findings
 
 
