@@ -9969,7 +9969,7 @@ def plan_process(process, seccomp=None):
     filter comes last, so that it need not allow what we do; yet without no_new_privs it
     takes CAP_SYS_ADMIN, which is still there before the capabilities go: seccomp(2)."""
     steps = plan_rlimits(process)
-    filters = [plan_seccomp(seccomp, os.uname().machine)] if seccomp else []
+    filters = [] if seccomp is None else [plan_seccomp(seccomp, os.uname().machine)]
     user = process.get("user") or {}
     identity = [user.get("uid") or 0, user.get("gid") or 0] + list(user.get("additionalGids") or ())
     if not all(0 <= number <= MAX_ID for number in identity):

@@ -263,6 +263,14 @@ def test_a_native_program_runs_by_its_content(native, id):
     assert (done.stdout, done.returncode) == (b"native\n", 3), done.stderr
 
 
+def test_containerds_default_profile_holds_and_everything_works(daemon, native, id):
+    done = native(id, "busybox grep Seccomp: /proc/self/status; busybox unshare -U busybox true; busybox true", options=["--seccomp"])
+    assert (done.stdout, done.returncode) == (b"Seccomp:\t2\n", 0)
+    assert b"not permitted" in done.stderr
+    done = daemon.run(HELLO, id, options=["--seccomp"])
+    assert (done.stdout, done.stderr, done.returncode) == (b"Hello, World!\n", b"", 0)
+
+
 def test_a_native_program_sees_its_own_namespaces(native, id):
     done = native(id, "busybox ps | busybox wc -l; busybox hostname; busybox cat /proc/self/status")
     text = done.stdout.decode()

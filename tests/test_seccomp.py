@@ -4,6 +4,7 @@ the machine's headers, the installed filter against the kernel."""
 import ctypes
 import errno
 import json
+import mmap
 import os
 import random
 import re
@@ -19,7 +20,7 @@ import pytest
 import chibishim
 from chibishim import ConfigError, OCI_FIELDS, Setup, X32_BIT, check_fields, perform, plan_process, plan_seccomp, syscall_numbers
 from conftest import ROOT
-from test_shim import bundle            # a fixture
+from test_shim import bundle, mapped, status_of         # fixtures, and a line of /proc/PID/status
 
 MACHINE = os.uname().machine
 AUDIT = {"X86_64": 0xC000003E, "X32": 0xC000003E, "X86": 0x40000003, "AARCH64": 0xC00000B7, "ARM": 0x40000028, "RISCV64": 0xC00000F3}
@@ -274,6 +275,12 @@ def test_an_error_names_the_field(change, field):
         plan_seccomp(profile, "x86_64")
 
 
+def test_an_empty_profile_is_an_error_and_none_is_none():
+    with pytest.raises(ConfigError, match="linux.seccomp.defaultAction"):
+        plan_process({"args": ["x"]}, {})
+    assert "seccomp" not in [step[0] for step in plan_process({"args": ["x"]})]
+
+
 def test_an_unknown_machine_and_a_program_too_long():
     with pytest.raises(ConfigError, match="linux.seccomp.*pdp11"):
         plan_seccomp(profile_of(), "pdp11")
@@ -298,8 +305,12 @@ def in_child(function):
 
 def errno_of(name, *arguments):
     """The errno of a system call, 0 for success."""
+    return errno_of_number(syscall_numbers(chibishim.MACHINES[MACHINE][0])[name], *arguments)
+
+
+def errno_of_number(number, *arguments):
     ctypes.set_errno(0)
-    LIBC.syscall(syscall_numbers(chibishim.MACHINES[MACHINE][0])[name], *arguments)
+    LIBC.syscall(number, *arguments)
     return ctypes.get_errno()
 
 
@@ -333,6 +344,30 @@ def test_the_kernel_holds_it(no_new_privs):
         errno_of("kcmp", 0, 0, 0, 0, 0)
         return 9
     assert in_child(child) == signal.SIGSYS
+
+
+def call_of_32_bits(number):
+    """int 0x80 from this process: the kernel takes it for a call of 32-bit x86."""
+    code = b"\x53\x31\xdb\xb8" + struct.pack("=I", number) + b"\xcd\x80\x5b\xc3"      # push rbx; ebx = 0; eax = number; int; pop; ret
+    memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    memory.write(code)
+    return ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))()
+
+
+@needs_filters
+@pytest.mark.skipif(MACHINE != "x86_64", reason="the other calls of x86-64")
+def test_the_kernel_tells_the_architectures_apart():
+    def child(profile, function):
+        perform([("no_new_privs",), plan_seccomp(profile, MACHINE)], None)
+        return function()
+    if in_child(lambda: call_of_32_bits(20) == os.getpid()) != 1 << 8:
+        pytest.skip("this kernel runs no 32-bit programs")
+    docker, alone = default_profile("docker"), profile_of((MOST, "ALLOW"))
+    assert in_child(lambda: child(docker, lambda: call_of_32_bits(20) == os.getpid())) == 1 << 8        # getpid
+    assert in_child(lambda: child(docker, lambda: -call_of_32_bits(21))) == errno.EPERM << 8            # mount
+    assert in_child(lambda: child(docker, lambda: errno_of_number(X32_BIT | 165))) == errno.EPERM << 8  # x32's mount
+    assert in_child(lambda: child(alone, lambda: call_of_32_bits(20))) == signal.SIGSYS
+    assert in_child(lambda: child(alone, lambda: errno_of_number(X32_BIT | 39))) == signal.SIGSYS
 
 
 @needs_filters
@@ -459,6 +494,19 @@ def test_an_exec_gets_the_containers_filter(bundle):
         assert "\nSeccomp:\t2\n" in file.read()
     bundle.call("Kill", signal=9)
     bundle.call("Wait")
+
+
+@needs_filters
+@needs_root
+@pytest.mark.parametrize("no_new_privs", [True, False])
+def test_the_root_of_a_user_namespace_may_install_it(mapped, no_new_privs):
+    mapped.config["linux"]["seccomp"] = default_profile("docker")
+    mapped.config["process"]["noNewPrivileges"] = no_new_privs
+    pid = mapped.start().create()
+    mapped.call("Start")
+    mapped.call("Exec", exec_id="x", spec={"value": json.dumps(mapped.config["process"]).encode()})
+    for process in pid, mapped.call("Start", exec_id="x")["pid"]:
+        assert status_of(process, "Seccomp") == ["2"] and status_of(process, "Uid")[0] == "100000"
 
 
 @needs_root
