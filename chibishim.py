@@ -10508,16 +10508,24 @@ class Cgroup:
             delegate_controllers(self.directories[""])
 
     def limit(self, resources):
-        """Applies linux.resources; OSError or ConfigError names what could not be."""
+        """Applies linux.resources but devices; OSError or ConfigError names what could not be.
+        In version 1 a limit may be invalid until another is set (memory is at most memory and
+        swap, a quota fits its period), so what was refused is tried once more at the end."""
+        refused = []
         for name, value in sorted(flatten(resources).items()):
             if name in LIMITS:
-                self.limit_one(name, value, resources)
+                try:
+                    self.limit_one(name, value, resources)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    refused.append((name, value))
+        for name, value in refused:
+            self.limit_one(name, value, resources)
         for name, value in sorted((resources.get("unified") or {}).items()):
             if "/" in name or "" not in self.directories:
                 raise ConfigError("config.json: linux.resources.unified: %s needs cgroup version 2" % name)
             write_text(os.path.join(self.directories[""], name), value)
-        if "devices" in resources:
-            self.limit_devices(resources["devices"] or ())
 
     def limit_one(self, name, value, resources):
         """One number or list of numbers."""
@@ -11898,7 +11906,10 @@ class TaskService:
         cgroup = cgroup_of(linux.get("cgroupsPath"), container.id, cgroup_mounts(mount_table()))
         container.cgroup = cgroup
         cgroup.create()
-        cgroup.limit(linux.get("resources") or {})
+        resources = linux.get("resources") or {}
+        cgroup.limit(resources)
+        if "devices" in resources:      # not in Update: it would take them all away for a moment
+            cgroup.limit_devices(resources["devices"] or ())
         return cgroup
 
     def fork(self, container, process, spec, steps, spaces, keep=()):

@@ -234,6 +234,54 @@ def noted(bundle):
         return [line.split() for line in file]
 
 
+@pytest.fixture
+def limited(bundle):
+    """A running container with limits that leave no room for higher ones."""
+    if not os.path.exists("/sys/fs/cgroup/memory"):
+        pytest.skip("no cgroup version 1")
+    bundle.config["linux"]["resources"] = {"memory": {"limit": 64 << 20, "swap": 64 << 20}, "cpu": {"period": 10000, "quota": 10000},
+                                           "devices": [{"allow": False, "access": "rwm"}, {"allow": True, "type": "c", "major": 10, "access": "r"}]}
+    bundle.start().create()
+    bundle.call("Start")
+    return bundle
+
+
+def update(bundle, resources):
+    bundle.call("Update", resources={"value": json.dumps(resources).encode()})
+
+
+def cgroup_file(bundle, controller, name):
+    with open("/sys/fs/cgroup/%s/chibitest/%s/%s" % (controller, bundle.id, name)) as file:
+        return file.read().strip()
+
+
+@pytest.mark.parametrize("limit", [32 << 20, 128 << 20], ids=["lower", "higher"])
+def test_memory_with_swap_is_updated_up_and_down(limited, limit):
+    if not os.path.exists("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes"):
+        pytest.skip("the kernel does not count swap")
+    update(limited, {"memory": {"limit": limit, "swap": limit}})
+    for name in ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):
+        assert cgroup_file(limited, "memory", name) == str(limit)
+
+
+def test_a_period_too_short_for_the_old_quota_is_updated_with_it(limited):
+    update(limited, {"cpu": {"period": 1000000, "quota": 2000000}})
+    update(limited, {"cpu": {"period": 1000, "quota": 1000}})
+    assert (cgroup_file(limited, "cpu", "cpu.cfs_period_us"), cgroup_file(limited, "cpu", "cpu.cfs_quota_us")) == ("1000", "1000")
+
+
+def test_an_update_leaves_the_devices_alone(limited):
+    before = cgroup_file(limited, "devices", "devices.list")
+    update(limited, {"devices": [{"allow": True, "access": "rwm"}], "pids": {"limit": 99}})
+    assert cgroup_file(limited, "devices", "devices.list") == before and "c 10:* r" in before
+    assert cgroup_file(limited, "pids", "pids.max") == "99"
+
+
+def test_an_invalid_limit_is_refused_and_named(limited):
+    assert "cpu.cfs_period_us" in limited.fails(chibishim.INVALID_ARGUMENT, "Update", resources={
+        "value": json.dumps({"cpu": {"period": 1}}).encode()})
+
+
 def status_of(pid, name):
     with open("/proc/%d/status" % pid) as file:
         return next(line.split()[1:] for line in file if line.startswith(name + ":"))
