@@ -9354,7 +9354,8 @@ class Loop:
     waits for as (what, seconds): `what` is ("r", fd), ("w", fd), an Event or None, and
     seconds may be None; it receives True when that happened and False after the time."""
 
-    def __init__(self):
+    def __init__(self, forgiving=False):
+        self.forgiving = forgiving      # a task that fails is logged, and the others go on
         self.epoll = select.epoll()
         self.waiting = {}               # fd -> {"r" or "w": resume}
         self.timers = []                # sorted (time, serial, resume)
@@ -9370,7 +9371,12 @@ class Loop:
         while True:
             while self.ready:
                 generator, value = self.ready.pop(0)
-                self.step(generator, value)
+                try:
+                    self.step(generator, value)
+                except Exception:
+                    if not self.forgiving:
+                        raise
+                    log_exception()
             if finished():
                 return
             timeout = max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
@@ -9496,6 +9502,13 @@ def write_all(fd, data):
 def log(text):
     """A line for containerd's log (stderr is the bundle's log fifo), bounded and printable."""
     report("chibishim: " + text)
+
+
+def log_exception():
+    """The traceback of the exception that is being handled."""
+    import traceback
+    for line in traceback.format_exc().splitlines():
+        log(line)
 
 
 # === 18. OCI configuration ====================================================
@@ -9703,7 +9716,13 @@ def parse_json(text, what):
         if end != len(text.strip()):
             raise ValueError("more text after the value")
         return value
-    except (ValueError, StopIteration, RecursionError) as error:
+    except (ValueError, StopIteration, RecursionError, SystemError) as error:
+        if error.__class__ is SystemError:      # the scanner lacks the exception's module, so the error's place
+            import json
+            try:
+                json.loads(text)
+            except ValueError as found:
+                error = found
         raise ConfigError("%s: not JSON: %s" % (what, str(error)[:200] or "no value")) from None
 
 
@@ -11293,6 +11312,8 @@ def do_identity(setup, uid, gid, groups, umask):
             raise                       # a rootless user namespace: setgroups is denied, and nothing was asked
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
+    if not setup.adopted:               # another identity has dropped it
+        libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     os.umask(umask)
@@ -11594,12 +11615,14 @@ class Process:
         self.started = None             # Event: Start, once called, has published its event
         self.announced = False          # containerd has heard of it, and so will of its exit
 
-    def close(self):
-        """Closes the descriptors that belong to the process's life."""
+    def close(self, loop):
+        """Closes the descriptors that belong to the process's life; who waits for one sees it."""
         for name in ("pidfd", "status", "gate"):
-            if getattr(self, name) >= 0:
-                os.close(getattr(self, name))
+            fd = getattr(self, name)
+            if fd >= 0:
                 setattr(self, name, -1)
+                loop.forget(fd)
+                os.close(fd)
 
 
 class Stdio:
@@ -11609,7 +11632,7 @@ class Stdio:
         self.names = {name: request[name] for name in ("stdin", "stdout", "stderr", "terminal")}
         self.child = []                 # the child's 0, 1, 2; closed after the fork
         self.kept = {}                  # path -> read end that outlives a client
-        self.writers = {}               # a terminal's way out
+        self.output = -1                # a terminal's way out
         self.stdin = -1                 # the fifo's read end
         self.stdin_writer = -1          # held so that a client's leaving is no end of file
         self.sink = -1                  # the pipe to the child, or the terminal's master
@@ -11672,8 +11695,8 @@ class Stdio:
             if self.names["stdin"]:
                 self.open_source(self.names["stdin"])
         elif name == "stdout":
-            self.writers["stdout"] = self.open_output(self.names["stdout"])
-            os.set_blocking(self.writers["stdout"], False)
+            self.output = self.open_output(self.names["stdout"])
+            os.set_blocking(self.output, False)
 
     def forked(self, loop):
         """The child has its copies: ours go, the copying begins."""
@@ -11694,7 +11717,7 @@ class Stdio:
                 data = os.read(self.stdin, COPY_BYTES)
                 if not data:
                     break
-                yield from write_all(self.sink, data)
+                yield from self.write_all("sink", data)
             except BlockingIOError:
                 yield readable(self.stdin)
             except OSError:
@@ -11709,12 +11732,22 @@ class Stdio:
         while self.master >= 0:
             try:
                 data = os.read(self.master, COPY_BYTES)
-                yield from write_all(self.writers["stdout"], data)
+                yield from self.write_all("output", data)
             except BlockingIOError:
                 yield readable(self.master)
             except OSError:
                 break
         self.copied.happen()
+
+    def write_all(self, name, data):
+        """A task that writes all to a descriptor of ours, by its name: its number may have been
+        closed, and be another file's, when the wait is over."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(getattr(self, name), view):]
+            except BlockingIOError:
+                yield writable(getattr(self, name))
 
     def close_stdin(self, loop):
         """CloseIO: no more writers but the client, so its end of file arrives."""
@@ -11726,8 +11759,9 @@ class Stdio:
         """A task that waits until the client has read all output: what is in the fifo when
         exit is reported is lost. A client that does not read is given half a second."""
         yield self.copied, 2
-        for name in list(self.writers):
-            os.close(self.writers.pop(name))
+        if self.output >= 0:
+            os.close(self.output)
+            self.output = -1
         deadline = time.monotonic() + DRAIN_MAX_S
         stall, before = time.monotonic() + DRAIN_STALL_S, None
         self.keep_writers()
@@ -11758,10 +11792,9 @@ class Stdio:
 
     def close(self, loop=None):
         """Closes what is open; the tasks that copy see it."""
-        fds = list(self.child) + list(self.kept.values()) + list(self.writers.values()) + [
-            self.stdin, self.stdin_writer, self.sink, self.master]
-        self.child, self.kept, self.writers = [], {}, {}
-        self.stdin = self.stdin_writer = self.sink = self.master = -1
+        fds = self.child + list(self.kept.values()) + [self.output, self.stdin, self.stdin_writer, self.sink, self.master]
+        self.child, self.kept = [], {}
+        self.output = self.stdin = self.stdin_writer = self.sink = self.master = -1
         for fd in set(fds) - {-1}:
             if loop:
                 loop.forget(fd)
@@ -11788,7 +11821,7 @@ def stream_path(name):
 class Container:
     """A container: its bundle, its init process, those of Exec, and what must be undone."""
 
-    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "hooks_done", "pause")
+    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "pause", "hook", "made")
 
     def __init__(self, id, bundle):
         self.id = id
@@ -11799,8 +11832,9 @@ class Container:
         self.cgroup = None
         self.init = None
         self.execs = {}
-        self.hooks_done = False
         self.pause = False
+        self.hook = 0                   # pid of the hook that runs
+        self.made = Event()             # Create has ended
 
     def process(self, exec_id):
         """The process with that exec id; NotFound if there is none."""
@@ -11827,10 +11861,11 @@ class TaskService:
         self.stop = False
 
     def container(self, id):
-        """The container; NotFound if there is none."""
-        if id not in self.containers:
+        """The container; NotFound if there is none, or Create still works on it."""
+        container = self.containers.get(id)
+        if not container or not container.init.announced:
             raise RpcError(NOT_FOUND, "container %s: not found" % id)
-        return self.containers[id]
+        return container
 
     def find(self, request, method):
         """(container, process) of a request, if the method may touch it in its state."""
@@ -11846,6 +11881,8 @@ class TaskService:
     def Create(self, request):
         id = request["id"]
         self.used = True
+        if self.stop:
+            raise RpcError(UNAVAILABLE, "the shim is shutting down")
         if id in self.containers:
             raise RpcError(ALREADY_EXISTS, "container %s: already exists" % id)
         if not valid_id(id):
@@ -11860,8 +11897,11 @@ class TaskService:
         except (ContainerError, ConfigError, OSError) as error:
             text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             yield from self.tear_down(container)
-            del self.containers[id]
             raise RpcError(UNKNOWN_ERROR, "create container %s: %s" % (id, text)) from None
+        finally:
+            if not container.init.kind:
+                self.containers.pop(id, None)
+            container.made.happen()
         names = container.init.io.names
         container.init.announced = True
         self.publish("/tasks/create", "TaskCreate", {
@@ -11991,7 +12031,7 @@ class TaskService:
     def run_hooks(self, container, point, state):
         """Runs the hooks of a point from the shim, in the host's namespaces."""
         for hook in (container.config.get("hooks") or {}).get(point) or ():
-            yield from run_hook(hook, hook_state(container, state, container.init.pid), point, self.children)
+            yield from run_hook(hook, container, state, point, self.children)
 
     def Start(self, request):
         container, process = self.find(request, "Start")
@@ -12063,13 +12103,24 @@ class TaskService:
                 "exit_status": status, "exited_at": exited_at})
         process.exited.happen()
 
+    def abort(self, container):
+        """Ends a Create whose client has lost patience."""
+        if container.hook:
+            os.kill(container.hook, SIGKILL)
+        if container.init.pid:
+            send_signal(container.init, SIGKILL)
+        yield container.made, None
+
     def Delete(self, request):
+        container = self.containers.get(request["id"])
+        if container and not container.init.announced:
+            yield from self.abort(container)
         container, process = self.find(request, "Delete")
         if process.id:
             if process.state == CREATED and process.pid:
                 yield from self.kill_and_wait(process)
             container.execs.pop(process.id, None)
-            process.close()
+            process.close(self.loop)
             return {"pid": process.pid, "exit_status": process.exit_status, "exited_at": process.exited_at}
         yield from self.tear_down(container)
         self.containers.pop(container.id, None)
@@ -12088,7 +12139,7 @@ class TaskService:
             if process.pid and not process.exited.set:
                 yield from self.kill_and_wait(process)
             process.io.close(self.loop)
-            process.close()
+            process.close(self.loop)
         if container.cgroup:
             yield from container.cgroup.kill()
             for _ in range(100):        # the kernel takes a moment to forget the dead
@@ -12201,8 +12252,8 @@ class TaskService:
 
     def Update(self, request):
         container, _ = self.find(request, "Update")
-        resources = parse_json((request["resources"] or {}).get("value", b"").decode("utf-8", "replace"), "resources")
         try:
+            resources = parse_json((request["resources"] or {}).get("value", b"").decode("utf-8", "replace"), "resources")
             check_fields({"linux": {"resources": resources}}, OCI_FIELDS, "", "Update")
             if not container.cgroup:
                 raise ConfigError("%s: the container has no cgroup" % container.id)
@@ -12219,9 +12270,11 @@ class TaskService:
         if not valid_id(id):
             raise RpcError(INVALID_ARGUMENT, "exec id %r: use letters, digits, and _ + - . after the first" % id[:100])
         process = Process(id, Stdio(request))
-        process.spec = parse_json((request["spec"] or {}).get("value", b"").decode("utf-8", "replace"), "process")
         try:
+            process.spec = parse_json((request["spec"] or {}).get("value", b"").decode("utf-8", "replace"), "process")
             check_fields({"process": process.spec}, OCI_FIELDS, "", "Exec")
+            if not process.spec.get("args"):
+                raise ConfigError("Exec: process.args is empty: nothing to run")
         except ConfigError as error:
             raise RpcError(INVALID_ARGUMENT, str(error)) from None
         container.execs[id] = process
@@ -12507,13 +12560,15 @@ def check_hook(hook, point, code, errors):
     raise ContainerError("%s hook %s: %s%s" % (point, hook["path"], reason, text and ": " + text))
 
 
-def run_hook(hook, state, point, children):
+def run_hook(hook, container, state, point, children):
     """A task of the shim's loop that runs one hook."""
-    pid, pidfd, errors = spawn_hook(hook, state)
+    pid, pidfd, errors = spawn_hook(hook, hook_state(container, state, container.init.pid))
+    container.hook = pid
     done = Event()
     result = []
 
     def ended(code):
+        container.hook = 0
         result.append(code)
         done.happen()
     children[pid] = ended
@@ -12722,10 +12777,8 @@ def detach(flags, listener, path):
         os.chdir("/")
         Shim(flags, listener, path).serve()
         code = 0
-    except Exception as error:
-        import traceback
-        for line in traceback.format_exc().splitlines():
-            log(line)
+    except Exception:
+        log_exception()
     finally:
         os._exit(code)
 
@@ -12737,7 +12790,7 @@ class Shim:
         self.flags = flags
         self.listener = listener
         self.path = path
-        self.loop = Loop()
+        self.loop = Loop(forgiving=True)
         self.events = []                # encoded ForwardRequests, the oldest first
         self.news = Event()
         self.tasks = TaskService(self.loop, self.publish)
@@ -12848,9 +12901,7 @@ class Shim:
         except ProtobufError as error:
             body = error_frame(stream, INVALID_ARGUMENT, str(error))
         except Exception as error:      # a defect here must not leave the client waiting
-            import traceback
-            for line in traceback.format_exc().splitlines():
-                log(line)
+            log_exception()
             body = error_frame(stream, INTERNAL, "%s: %s: %s" % (method, error.__class__.__name__, error))
         connection.send(body)
         return
@@ -12859,7 +12910,9 @@ class Shim:
     def publish(self, topic, name, message):
         """Queues an event; the oldest one but exits goes when the queue is full."""
         if len(self.events) >= MAX_EVENTS:
-            del self.events[next((i for i, e in enumerate(self.events) if e[0] != "/tasks/exit"), 0)]
+            lost = next((i for i, e in enumerate(self.events) if e[0] != "/tasks/exit"), 0)
+            log("event %s is lost: containerd has taken none of the last %d" % (self.events[lost][0], MAX_EVENTS))
+            del self.events[lost]
         event = any_of(EVENT_TYPES + name, name, message)
         self.events.append((topic, event, encode("ForwardRequest", {"envelope": {
             "timestamp": timestamp(time.time()), "namespace": self.flags["namespace"], "topic": topic, "event": event}})))

@@ -72,6 +72,56 @@ def test_parameters_of_a_namespace_that_is_not_made_are_refused(name, space):
         chibishim.plan(config, "/bundle", "/bundle/rootfs")
 
 
+def test_a_task_that_fails_does_not_end_a_forgiving_loop(capfd):
+    loop, done = chibishim.Loop(forgiving=True), []
+
+    def fails():
+        yield None, 0.01
+        raise KeyError("nobody expects this")
+
+    def waits(fd):
+        yield chibishim.readable(fd)
+
+    def ends():
+        yield None, 0.05
+        done.append(True)
+    read, write = os.pipe()
+    for task in (fails(), waits(read), waits(read), ends()):        # two waits for one descriptor are a defect too
+        loop.spawn(task)
+    loop.run(lambda: done)
+    os.close(read)
+    os.close(write)
+    text = capfd.readouterr().err
+    assert "nobody expects this" in text and "two waits" in text
+
+
+def test_a_closed_stream_is_not_written_to_by_its_old_number(tmp_path):
+    loop = chibishim.Loop()
+    io = chibishim.Stdio({"stdin": "", "stdout": "", "stderr": "", "terminal": False})
+    read, io.sink = os.pipe()
+    os.set_blocking(io.sink, False)
+    number, ended = io.sink, []
+
+    def writes():
+        try:
+            yield from io.write_all("sink", bytes(1 << 20))
+        except OSError:
+            ended.append(True)
+
+    def replaces():
+        yield None, 0.01
+        io.close(loop)
+        fd = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
+        os.dup2(fd, number)
+        yield None, 0.01
+    loop.spawn(writes())
+    loop.spawn(replaces())
+    loop.run(lambda: ended)
+    os.close(number)
+    os.close(read)
+    assert os.path.getsize(tmp_path / "other") == 0
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of cgroups and containers is tested")
 
 

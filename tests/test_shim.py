@@ -432,12 +432,39 @@ def test_a_start_container_hook_that_fails_makes_start_fail(hooked):
 
 
 @needs_busybox
+def test_delete_during_create_ends_it(hooked):
+    hooked.config["hooks"]["createRuntime"] = [hook_that("exec busybox sleep 100")]
+    hooked.start()
+    create = hooked.send("Create", {"id": hooked.id, "bundle": hooked.path})
+    time.sleep(0.5)
+    began = time.monotonic()
+    delete = hooked.send("Delete", {"id": hooked.id})
+    answers = dict(hooked.receive() for _ in range(2))
+    for stream, code in ((create, chibishim.UNKNOWN_ERROR), (delete, chibishim.NOT_FOUND)):
+        with pytest.raises(RpcError) as caught:
+            chibishim.response_payload(answers[stream])
+        assert caught.value.args[0] == code
+    assert time.monotonic() - began < 2
+    del hooked.config["hooks"]["createRuntime"]
+    hooked.command("delete")            # writes the configuration anew
+    assert hooked.create()
+
+
+@needs_busybox
 def test_delete_runs_the_poststop_hooks_of_a_dead_shim_once(hooked):
     hooked.start().create()
     os.kill(hooked.call("Connect")["shim_pid"], 9)
     for _ in range(2):
         assert hooked.command("delete").returncode == 0
     assert [words[0] for words in noted(hooked)] == list(HOOKS[:3]) + ["poststop"]
+
+
+@pytest.mark.parametrize("spec", [b"", b"{", b"[]", b"{}", b'{"args": "x"}', b'{"args": []}'])
+def test_an_exec_that_cannot_be_is_an_invalid_argument(bundle, spec):
+    bundle.start().create()
+    bundle.call("Start")
+    bundle.fails(chibishim.INVALID_ARGUMENT, "Exec", exec_id="x", spec={"value": spec})
+    bundle.fails(chibishim.NOT_FOUND, "State", exec_id="x")
 
 
 def test_the_guest_dies_with_its_shim(bundle):
