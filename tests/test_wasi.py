@@ -1023,7 +1023,7 @@ def test_a_start_function_can_call_wasi_and_a_preloaded_one_cannot_crash_it(ours
     assert (done.returncode, done.stdout, done.stderr) == (0, b"Hello, World!\n", b"")
 
 
-@pytest.mark.parametrize("data", [b"", b"one line\n", bytes(range(256)) * 1000])
+@pytest.mark.parametrize("data", [b"", b"one line\n", bytes(range(256)) * 1000], ids=["nothing", "a line", "256 kB"])
 def test_stdin_is_read_to_its_end(ours, tmp_path, data):
     done = run(ours("cat"), input=data, tmp_path=tmp_path)
     assert (done.returncode, done.stdout) == (0, data)
