@@ -1,4 +1,4 @@
-"""Chapters 19 and 20 without containerd: the shim's commands and its service, called as containerd calls them."""
+"""Chapters 21 and 22 without containerd: the shim's commands and its service, called as containerd calls them."""
 
 import glob
 import json
@@ -17,6 +17,7 @@ from containerd import MODULES, SHIM
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of the shim's service is tested")
 needs_busybox = pytest.mark.skipif(not os.path.exists("/bin/busybox"), reason="busybox (Debian package busybox-static) is not installed")
+GROUP = "chibitest-%d" % os.getpid()    # the parent of the containers' cgroups
 
 
 class Bundle:
@@ -28,7 +29,7 @@ class Bundle:
         os.makedirs(os.path.join(self.path, "rootfs"))
         shutil.copy(os.path.join(MODULES, "guest.wasm"), os.path.join(self.path, "rootfs"))
         self.config = chibishim.default_config("guest.wasm", list(arguments), [], [], False)
-        self.config["linux"]["cgroupsPath"] = "/chibitest/" + self.id
+        self.config["linux"]["cgroupsPath"] = "/%s/%s" % (GROUP, self.id)
         self.output = os.path.join(directory, self.id + ".out")
         self.peer = None
 
@@ -84,7 +85,7 @@ def bundle():
         yield made
         made.command("delete")
         subprocess.run(["pkill", "-KILL", "-f", "--", "-address %s/none" % directory])      # an idle shim waits for minutes
-        for parent in glob.glob("/sys/fs/cgroup/*/chibitest") + glob.glob("/sys/fs/cgroup/chibitest"):
+        for parent in glob.glob("/sys/fs/cgroup/*/" + GROUP) + glob.glob("/sys/fs/cgroup/" + GROUP):
             os.rmdir(parent)            # fails where a container's cgroup is left
         assert all(directory not in line for line in open("/proc/self/mounts"))
 
@@ -251,7 +252,7 @@ def update(bundle, resources):
 
 
 def cgroup_file(bundle, controller, name):
-    with open("/sys/fs/cgroup/%s/chibitest/%s/%s" % (controller, bundle.id, name)) as file:
+    with open("/sys/fs/cgroup/%s/%s/%s/%s" % (controller, GROUP, bundle.id, name)) as file:
         return file.read().strip()
 
 
