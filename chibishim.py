@@ -10495,6 +10495,7 @@ LIMITS = {
 DEVICE_RULES = ("c *:* m", "b *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm", "c 5:0 rwm",
                 "c 5:2 rwm", "c 136:* rwm")
 KILL_ROUNDS = 200                       # of 5 ms
+IN_MODIFY = 2
 
 
 class Cgroup:
@@ -10642,6 +10643,24 @@ class Cgroup:
         """How many processes inside the kernel killed for want of memory."""
         name = "memory.oom_control" if "memory" in self.directories else "memory.events"
         return key_values(read_text(self.file("memory", name), "")).get("oom_kill", 0)
+
+    def watch_oom(self):
+        """A descriptor that is readable when memory has run out, -1 where nobody tells: in version 1
+        an eventfd, in version 2 an inotify of memory.events."""
+        if "memory" in self.directories:
+            fd = libc.eventfd(0, os.O_CLOEXEC | os.O_NONBLOCK)
+            control = os.open(self.file("memory", "memory.oom_control"), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                write_text(self.file("memory", "cgroup.event_control"), "%d %d" % (fd, control))
+            finally:
+                os.close(control)
+            return fd
+        path = self.file("", "memory.events")
+        if not os.path.exists(path):
+            return -1
+        fd = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        libc.inotify_add_watch(fd, os.fsencode(path), IN_MODIFY)
+        return fd
 
     def metrics(self):
         """The dict of an io.containerd.cgroups.v2.Metrics message; every sub-message is there."""
@@ -11821,7 +11840,7 @@ def stream_path(name):
 class Container:
     """A container: its bundle, its init process, those of Exec, and what must be undone."""
 
-    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "pause", "hook", "made")
+    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "pause", "hook", "made", "oom", "oom_kills")
 
     def __init__(self, id, bundle):
         self.id = id
@@ -11833,6 +11852,8 @@ class Container:
         self.init = None
         self.execs = {}
         self.pause = False
+        self.oom = -1                   # a descriptor of Cgroup.watch_oom
+        self.oom_kills = 0              # so many are reported
         self.hook = 0                   # pid of the hook that runs
         self.made = Event()             # Create has ended
 
@@ -11906,6 +11927,7 @@ class TaskService:
         container.init.announced = True
         self.publish("/tasks/create", "TaskCreate", {
             "container_id": id, "bundle": container.bundle, "rootfs": request["rootfs"], "io": names, "pid": container.init.pid})
+        self.loop.spawn(self.watch_oom(container))
         return {"pid": container.init.pid}
 
     def set_up(self, container, rootfs_mounts):
@@ -11946,6 +11968,7 @@ class TaskService:
         cgroup = cgroup_of(linux.get("cgroupsPath"), container.id, cgroup_mounts(mount_table()))
         container.cgroup = cgroup
         cgroup.create()
+        container.oom_kills = cgroup.oom_kills()        # of another container's, if it was there
         resources = linux.get("resources") or {}
         cgroup.limit(resources)
         if "devices" in resources:      # not in Update: it would take them all away for a moment
@@ -12085,9 +12108,8 @@ class TaskService:
         status = 128 + (code & 0x7F) if code & 0x7F else code >> 8 & 0xFF
         if process.killed and status == 128 + SIGKILL:
             status = 128 + process.killed
+        self.report_oom(container)
         if not process.id and container.cgroup:
-            if container.cgroup.oom_kills() and status == 128 + SIGKILL and not process.killed:
-                self.publish("/tasks/oom", "TaskOOM", {"container_id": container.id})
             yield from container.cgroup.kill()
         exited_at = timestamp(time.time())
         yield from process.io.drain()
@@ -12102,6 +12124,32 @@ class TaskService:
                 "container_id": container.id, "id": process.id or container.id, "pid": process.pid,
                 "exit_status": status, "exited_at": exited_at})
         process.exited.happen()
+
+    def watch_oom(self, container):
+        """A task that reports what the kernel kills in the container for want of memory, init or not."""
+        if not container.cgroup:
+            return
+        container.oom = container.cgroup.watch_oom()
+        rounds = 100 if "memory" in container.cgroup.directories else 1
+        while container.oom >= 0:
+            try:
+                os.read(container.oom, 4096)
+            except BlockingIOError:
+                yield readable(container.oom)
+                continue
+            for _ in range(rounds):     # version 1 tells before it kills
+                if self.report_oom(container) or container.oom < 0:
+                    break
+                yield None, 0.01
+
+    def report_oom(self, container):
+        """Publishes /tasks/oom if there were kills since the last time."""
+        kills = container.cgroup.oom_kills() if container.cgroup else 0
+        if kills <= container.oom_kills:
+            return False
+        container.oom_kills = kills
+        self.publish("/tasks/oom", "TaskOOM", {"container_id": container.id})
+        return True
 
     def abort(self, container):
         """Ends a Create whose client has lost patience."""
@@ -12140,6 +12188,10 @@ class TaskService:
                 yield from self.kill_and_wait(process)
             process.io.close(self.loop)
             process.close(self.loop)
+        if container.oom >= 0:
+            fd, container.oom = container.oom, -1
+            self.loop.forget(fd)
+            os.close(fd)
         if container.cgroup:
             yield from container.cgroup.kill()
             for _ in range(100):        # the kernel takes a moment to forget the dead

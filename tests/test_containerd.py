@@ -148,6 +148,23 @@ def test_an_exec_that_fails_to_start_never_exits(daemon, native, id, program):
     assert topics == ["/tasks/exec-added", "/tasks/exit", "/tasks/delete"]         # the exit is init's
 
 
+def test_a_childs_death_for_want_of_memory_is_an_event_while_init_lives(daemon, native, id):
+    watcher = daemon.popen("events")
+    time.sleep(0.5)
+    daemon.ctr("run", "-d", "--runtime", RUNTIME, "--memory-limit", "33554432", NATIVE, id, "/bin/busybox", "sh", "-c",
+               "busybox tail /dev/zero; busybox sleep 1000", check=True)
+    try:
+        text = b""
+        while b"/tasks/oom" not in text:
+            line = watcher.stdout.readline()
+            assert line and b"/tasks/exit" not in line
+            text += line
+        assert daemon.task_state(id) == "RUNNING"
+    finally:
+        watcher.terminate()
+        watcher.wait()
+
+
 def test_metrics_tell_of_memory_and_processes(daemon, id):
     start(daemon, id, "z")
     text = daemon.ctr("task", "metrics", id, check=True).stdout.decode()
