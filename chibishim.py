@@ -9874,6 +9874,8 @@ def plan(config, bundle, rootfs, user_namespace=False):
         steps.append(("prepare_root", rootfs, PROPAGATION[propagation]))
         steps += plan_mounts(config, bundle)
         steps += plan_devices(config, user_namespace)
+        if own_terminal(config, process):
+            steps.append(("terminal", (process.get("user") or {}).get("uid") or 0, True))
         steps += hook_steps
         steps += sysctls
         steps += [("readonly", path) for path in linux.get("readonlyPaths") or ()]
@@ -9949,6 +9951,13 @@ def plan_mounts(config, bundle):
         else:
             steps.append(("mount", source or type, "/" + target.strip("/"), type, flags, tuple(propagation), data))
     return steps
+
+
+def own_terminal(config, process):
+    """Whether a process of the container gets its terminal from the container's own devpts, where
+    it has a name: ttyname(3)."""
+    return bool(process.get("terminal")) and any(
+        item.get("type") == "devpts" and (item.get("destination") or "").strip("/") == "dev/pts" for item in config.get("mounts") or ())
 
 
 def plan_devices(config, user_namespace):
@@ -10916,7 +10925,7 @@ class Setup:
     """What the operations share while they run in the child."""
 
     __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "shared", "status", "gate", "pid",
-                 "later", "payload", "labels")
+                 "later", "payload", "labels", "console")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -10934,6 +10943,7 @@ class Setup:
         self.pid = 0                    # ours, as the shim numbers it, once it has spoken
         self.later = 0                  # CLONE_NEWCGROUP, if that namespace is still to be made
         self.payload = None             # what load_payload found
+        self.console = -1               # a socket for the terminal's master, if it is to be the container's own
         self.labels = []                # (what, descriptor, text) of AppArmor, SELinux: for exec, for Wasm, …
 
 
@@ -11221,6 +11231,33 @@ def await_shim(setup):
     setup.pid, = struct.unpack("=i", word)
 
 
+def do_terminal(setup, uid, console):
+    """The process's terminal, from the container's devpts; the master goes to the shim. What the
+    image, or somebody inside, has put in its place is found out; nothing is looked up by name twice
+    (CVE-2025-52565)."""
+    import _socket
+    root = setup.root if setup.root >= 0 else os.open("/", O_PATH | os.O_CLOEXEC)
+    master = open_in_root(root, "/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(master)
+    if status.st_mode & 0o170000 != 0o020000 or status.st_rdev != os.makedev(5, 2):
+        raise OSError(errno.ENODEV, "/dev/ptmx in the container is something else")
+    libc.unlockpt(master)
+    slave = fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    os.fchown(slave, uid, -1)
+    for fd in (0, 1, 2):
+        os.dup2(slave, fd)
+    os.close(slave)
+    fcntl.ioctl(0, TIOCSCTTY, 0)
+    if console:
+        fd = ensure(setup, "/dev/console", False)
+        mount(fd_path(0), fd_path(fd), None, MS_BIND)
+        os.close(fd)
+    peer = _socket.socket(fileno=setup.console)
+    peer.sendmsg([b"T"], [(_socket.SOL_SOCKET, SCM_RIGHTS, struct.pack("=i", master))])
+    peer.close()
+    os.close(master)
+
+
 def do_hooks(setup, point):
     if setup.hooks:
         setup.hooks(point, setup.pid)
@@ -11409,7 +11446,7 @@ def do_seccomp(setup, call, flags, program):
 
 
 OPERATIONS = {function.__name__[3:]: function for function in (
-    do_join, do_unshare, do_cgroup, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink,
+    do_join, do_unshare, do_cgroup, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink, do_terminal,
     do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_chroot, do_hostname,
     do_domainname, do_rlimit, do_bounding, do_identity, do_cwd, do_capabilities,
     do_no_new_privs, do_open_labels, do_payload, do_labels, do_seccomp)}
@@ -11509,9 +11546,9 @@ def container_child(process, steps, setup, stdio, terminal):
         os.setsid()
         for target, fd in enumerate(stdio):
             os.dup2(fd, target)
-        if terminal:
+        if terminal and setup.console < 0:
             fcntl.ioctl(0, TIOCSCTTY, 0)
-        close_all_but(0, 1, 2, setup.status, setup.gate, *setup.trees, *setup.keep)
+        close_all_but(0, 1, 2, setup.status, setup.gate, *{setup.console} - {-1}, *setup.trees, *setup.keep)
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         code = container_main(process, steps, setup)
     except (ContainerError, ConfigError) as error:
@@ -11561,7 +11598,8 @@ def early_module(data):
         return None
 
 
-TIOCSCTTY, TIOCSWINSZ = 0x540E, 0x5414
+TIOCSCTTY, TIOCSWINSZ, TIOCGPTPEER = 0x540E, 0x5414, 0x5441
+SCM_RIGHTS = 1
 
 
 # === 21. Task service =========================================================
@@ -11656,10 +11694,16 @@ class Stdio:
         self.stdin_writer = -1          # held so that a client's leaving is no end of file
         self.sink = -1                  # the pipe to the child, or the terminal's master
         self.master = -1
+        self.size = None                # the terminal's (width, height), once known
+        self.console = self.child_console = -1      # a pair of sockets: the child sends its own terminal's master
         self.copied = Event()           # the terminal's output has been copied
 
-    def open(self):
-        """Opens everything; the error names the stream."""
+    def open(self, own_terminal=False):
+        """Opens everything, a terminal too unless the child brings its own; the error names the stream."""
+        if own_terminal and self.names["terminal"]:
+            import _socket
+            self.console, self.child_console = (end.detach() for end in _socket.socketpair(
+                _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC))
         for name in ("stdin", "stdout", "stderr"):
             try:
                 if self.names["terminal"]:
@@ -11707,21 +11751,49 @@ class Stdio:
     def open_terminal(self, name):
         """A pseudo-terminal for all three; what leaves it goes to stdout's fifo."""
         if name == "stdin":
-            self.master, slave = os.openpty()
-            os.set_blocking(self.master, False)
-            self.child = [slave, slave, slave]
-            self.sink = self.master
+            if self.console >= 0:
+                self.child = [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)] * 3
+            else:
+                master, slave = os.openpty()
+                self.child = [slave] * 3
+                self.take_master(master)
             if self.names["stdin"]:
                 self.open_source(self.names["stdin"])
         elif name == "stdout":
             self.output = self.open_output(self.names["stdout"])
             os.set_blocking(self.output, False)
 
+    def take_master(self, master):
+        """Makes a terminal ours."""
+        os.set_blocking(master, False)
+        self.master = self.sink = master
+        if self.size:
+            self.resize(*self.size)
+
+    def receive_master(self, loop):
+        """Takes the terminal that the child has sent, and begins to copy."""
+        import _socket
+        if self.console < 0:
+            return
+        console, self.console = _socket.socket(fileno=self.console), -1
+        _, control, _, _ = console.recvmsg(1, 64, _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC)
+        console.close()
+        self.take_master(struct.unpack("=i", control[0][2])[0])
+        self.copied = Event()
+        self.copy(loop)
+
     def forked(self, loop):
         """The child has its copies: ours go, the copying begins."""
-        for fd in set(self.child):
+        for fd in set(self.child) | {self.child_console} - {-1}:
             os.close(fd)
-        self.child = []
+        self.child, self.child_console = [], -1
+        if self.console < 0:
+            self.copy(loop)
+        else:
+            self.copied.happen()        # until there is a terminal
+
+    def copy(self, loop):
+        """Begins to copy what is to be copied."""
         if self.stdin >= 0:
             loop.spawn(self.copy_stdin(loop))
         if self.master >= 0:
@@ -11805,15 +11877,19 @@ class Stdio:
             os.close(fd)
 
     def resize(self, width, height):
-        """TIOCSWINSZ; the kernel tells the processes by SIGWINCH."""
-        if self.master >= 0 and width and height:
+        """TIOCSWINSZ, as soon as there is a terminal; the kernel tells the processes by SIGWINCH."""
+        if not width or not height:
+            return
+        self.size = width, height
+        if self.master >= 0:
             fcntl.ioctl(self.master, TIOCSWINSZ, struct.pack("=HHHH", height, width, 0, 0))
 
     def close(self, loop=None):
         """Closes what is open; the tasks that copy see it."""
-        fds = self.child + list(self.kept.values()) + [self.output, self.stdin, self.stdin_writer, self.sink, self.master]
+        fds = self.child + list(self.kept.values()) + [
+            self.output, self.stdin, self.stdin_writer, self.sink, self.master, self.console, self.child_console]
         self.child, self.kept = [], {}
-        self.output = self.stdin = self.stdin_writer = self.sink = self.master = -1
+        self.output = self.stdin = self.stdin_writer = self.sink = self.master = self.console = self.child_console = -1
         for fd in set(fds) - {-1}:
             if loop:
                 loop.forget(fd)
@@ -11946,10 +12022,8 @@ class TaskService:
         steps = plan(config, bundle, container.rootfs, userns)
         container.cgroup = self.make_cgroup(container, userns)
         init = container.init
-        init.io.open()
         spec = config["process"]
-        size = spec.get("consoleSize") or {}
-        init.io.resize(size.get("width") or 0, size.get("height") or 0)
+        self.open_streams(container, init, spec)
         self.fork(container, init, spec, steps, namespaces(config))
         record_init(bundle, container)
         if config.get("hooks"):
@@ -11958,6 +12032,13 @@ class TaskService:
             yield from self.run_hooks(container, "createRuntime", "creating")
             self.answer(init)
         yield from self.await_ready(init, spec)
+
+    def open_streams(self, container, process, spec):
+        """Opens a process's streams; a terminal has its size from the start."""
+        size = spec.get("consoleSize") or {}
+        if not process.io.size:
+            process.io.resize(size.get("width") or 0, size.get("height") or 0)
+        process.io.open(own_terminal(container.config, spec))
 
     def make_cgroup(self, container, userns):
         """The container's Cgroup with its limits in force, or None where a user namespace
@@ -11989,7 +12070,7 @@ class TaskService:
         child_gate, gate = os.pipe2(os.O_CLOEXEC)
         hooks = None if process.id else lambda point, pid: run_hooks_here(container, point, pid)
         setup = Setup(container.cgroup, hooks, limits, child_status, child_gate)
-        setup.keep = list(keep)
+        setup.keep, setup.console = list(keep), process.io.child_console
         made = -1
         try:
             if spaces.get("user") == "":
@@ -12020,6 +12101,7 @@ class TaskService:
     def await_ready(self, process, spec):
         """Waits until nothing is left to do but the payload, and does what is not for the child to do."""
         process.kind = yield from self.hear(process)
+        process.io.receive_master(self.loop)
         if spec.get("oomScoreAdj") is not None and not is_dead(process):
             write_text("/proc/%d/oom_score_adj" % process.pid, str(spec["oomScoreAdj"]))
 
@@ -12336,7 +12418,7 @@ class TaskService:
     def start_exec(self, container, process):
         """Forks a process into the container: its namespaces by way of init's."""
         last = plan_process(process.spec, (container.config.get("linux") or {}).get("seccomp"))
-        process.io.open()
+        self.open_streams(container, process, process.spec)
         fds = {}
         try:
             for name in namespaces(container.config):
@@ -12347,6 +12429,8 @@ class TaskService:
             steps = [("join", path, NAMESPACES[name][0]) for name, path in spaces.items() if name not in ("pid", "user", "mount")]
             if "mount" in spaces:               # the last one: /proc is needed until then
                 steps.append(("join", spaces["mount"], CLONE_NEWNS))
+            if process.io.console >= 0:
+                steps.append(("terminal", (process.spec.get("user") or {}).get("uid") or 0, False))
             self.fork(container, process, process.spec, plan_labels(process.spec) + steps + [("cgroup",)] + last, spaces, fds.values())
         finally:
             for fd in fds.values():

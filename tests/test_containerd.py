@@ -307,12 +307,16 @@ def test_exec_runs_a_module_in_the_container(daemon, id):
     assert (done.stdout, done.stderr, done.returncode) == (b"ready\n", b"ready\n", 0)
 
 
-def test_a_terminal_is_one(daemon, native, id):
+def in_terminal(daemon, *words, rows=24, columns=80):
+    """Runs ctr in a terminal of that size; (what it printed, exit status)."""
+    import fcntl
     import pty
+    import struct
+    import termios
     pid, master = pty.fork()
     if pid == 0:
-        os.execvp("ctr", ["ctr", "-a", daemon.address, "run", "--rm", "-t", "--runtime", RUNTIME, NATIVE, id,
-                          "/bin/busybox", "sh", "-c", "test -t 0 && test -t 1 && echo a terminal; exit 4"])
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("=HHHH", rows, columns, 0, 0))
+        os.execvp("ctr", ["ctr", "-a", daemon.address, *words])
     text = b""
     while True:
         try:
@@ -322,5 +326,25 @@ def test_a_terminal_is_one(daemon, native, id):
         if not data:
             break
         text += data
-    _, status = os.waitpid(pid, 0)
-    assert b"a terminal\r" in text and os.waitstatus_to_exitcode(status) == 4
+    os.close(master)
+    return text, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_terminal_is_one(daemon, native, id):
+    text, status = in_terminal(daemon, "run", "--rm", "-t", "--runtime", RUNTIME, NATIVE, id,
+                               "/bin/busybox", "sh", "-c", "test -t 0 && test -t 1 && echo a terminal; exit 4")
+    assert b"a terminal\r" in text and status == 4
+
+
+def test_a_terminal_has_a_name_inside_and_is_the_console(daemon, native, id):
+    text, status = in_terminal(daemon, "run", "--rm", "-t", "--runtime", RUNTIME, NATIVE, id, "/bin/busybox", "sh", "-c",
+                               "busybox tty; busybox stat -c %t:%T /dev/console $(busybox tty); echo to the console > /dev/console")
+    words = text.split()
+    assert status == 0 and words[0] == b"/dev/pts/0" and words[1] == words[2] and b"to the console" in text, text
+
+
+def test_an_exec_has_a_terminal_of_the_containers(daemon, native, id):
+    daemon.ctr("run", "-d", "--runtime", RUNTIME, NATIVE, id, "/bin/busybox", "sleep", "1000", check=True)
+    text, status = in_terminal(daemon, "task", "exec", "-t", "--exec-id", "x1", id, "/bin/busybox", "sh", "-c",
+                               "busybox tty; busybox sleep 0.3; busybox stty size", rows=33, columns=101)
+    assert (text.split(), status) == ([b"/dev/pts/0", b"33", b"101"], 0)

@@ -468,6 +468,31 @@ def test_an_exec_that_cannot_be_is_an_invalid_argument(bundle, spec):
     bundle.fails(chibishim.NOT_FOUND, "State", exec_id="x")
 
 
+@needs_busybox
+@pytest.mark.parametrize("own", [True, False], ids=["devpts", "no devpts"])
+def test_an_execs_terminal_has_its_size_from_the_start(bundle, own):
+    shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs"))
+    if own:
+        bundle.config["mounts"].append({"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666"]})
+    bundle.start().create()
+    bundle.call("Start")
+    process = dict(bundle.config["process"], args=["/busybox", "stty", "size"], terminal=True, consoleSize={"width": 123, "height": 45})
+    bundle.call("Exec", exec_id="x", spec={"value": json.dumps(process).encode()}, terminal=True, stdout="file://" + bundle.output)
+    bundle.call("Start", exec_id="x")
+    bundle.call("Wait", exec_id="x")
+    with open(bundle.output) as file:
+        assert file.read().split()[-2:] == ["45", "123"]       # after what init wrote
+
+
+@needs_busybox
+def test_a_terminal_multiplexer_that_is_none_is_refused(bundle):
+    bundle.config["mounts"].append({"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666"]})
+    bundle.config["mounts"].append({"destination": "/dev/pts/ptmx", "type": "bind", "source": "/dev/zero", "options": ["bind"]})
+    bundle.config["process"]["terminal"] = True
+    bundle.start()
+    assert "/dev/ptmx" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path, terminal=True, stdout="file://" + bundle.output)
+
+
 def test_the_guest_dies_with_its_shim(bundle):
     pid = bundle.start().create()
     bundle.call("Start")
