@@ -5932,7 +5932,8 @@ NATIVE_CODE_BYTES = 1 << 26
 TAIL_CALL_BYTES = 64                # arguments that any function has room for
 COMPILE_COST = 16                   # bytes to execute for each byte to compile …
 COMPILE_START = 4000                # … and once
-FIRST_COMPILE = 200000              # the tier itself takes some milliseconds to set up
+SEAM_COST = 2000                    # what a call from native code to the interpreter counts, in bytes
+FIRST_COMPILE = 60000               # the tier itself takes some milliseconds to set up
 
 # Offsets in a context. Tables follow (base, length each), globals, pointers to functions.
 (MEMORY_BYTES, MEMORY_BASE, STACK_LIMIT, HOST_STACK, TRAP_STACK, RESULTS, FLOAT_RESULTS, _, HELPER, TRAP, CALLBACK,
@@ -7153,7 +7154,6 @@ class Machine:
         self.stacks = {}                # of threads
         self.types = {}
         self.signals = self.lost = None     # see hear_signals()
-        self.codes = []                 # NativeCode, in the order of their addresses
         self.emit_stubs()
 
     def stack(self):
@@ -7246,14 +7246,6 @@ class Machine:
         """The number of a function type: equal for equal types."""
         return self.types.setdefault(type, len(self.types) + 1)
 
-    def code_at(self, address):
-        """(NativeCode, offset of the instruction in the body) of a return address, or None."""
-        for code in self.codes:
-            if code.start < address <= code.end:
-                return code, code.offset_at(address)
-        return None
-
-
 class GuestStack:
     """Where native code has its frames: below `top`, which is at `bottom` while there are none;
     `view` starts at the address `start`. Callbacks may go `host_bytes` down the host's stack
@@ -7334,7 +7326,7 @@ class Context:
         self.mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(self.mapping)
         self.address = machine.address_of(self.mapping)
-        self.sites = []
+        self.sites, self.codes = [], []             # of helper calls; NativeCode
         self.mirrors = {}
         self.references, self.handles = {}, {}      # number -> reference, id of a reference -> number
         self.next_handle, self.sweep_at = FIRST_HANDLE, SWEEP
@@ -7485,6 +7477,13 @@ class Context:
             error.backtrace += tuple(self.frames(base))
         raise error
 
+    def code_at(self, address):
+        """(NativeCode, offset of the instruction in the body) of a return address, or None."""
+        for code in self.codes:
+            if code.start < address <= code.end:
+                return code, code.offset_at(address)
+        return None
+
     def frames(self, base):
         """Yields (Function, offset in the module) of the frames below an entry, innermost first."""
         machine = self.machine
@@ -7494,7 +7493,7 @@ class Context:
                 break
             address = unpack_u64_at(self.stack.view, sp - self.stack.start)[0]
             if address not in known:
-                known[address] = machine.code_at(address)
+                known[address] = self.code_at(address)
             if known[address] is None:
                 break
             code, at = known[address]
@@ -7531,6 +7530,8 @@ class Context:
         """Calls a function with the arguments at `start` of the stack, and leaves its results."""
         type = function.type
         layout = Layout(type)
+        if not function.host:
+            charge(function)
         results = execute_any(function, [self.read_value(start + offset, t) for offset, t in zip(layout.params, type.params)])
         for offset, t, value in zip(layout.results, type.results, results or ()):
             self.write_value(start + offset, t, value)
@@ -7615,6 +7616,14 @@ class CellGlobal(Global):
 pack_u64_at, unpack_u64_at = struct.Struct("<Q").pack_into, struct.Struct("<Q").unpack_from
 
 
+def charge(function):
+    """A call from native code to an interpreted function takes longer than most functions: a few
+    are reason enough to compile it."""
+    first = function.entry and function.entry[0] and function.entry[0][0]
+    if first and first[0] is do_count:
+        first[2][0] -= SEAM_COST
+
+
 def function_address(callback):
     """The address of a C function that calls a Python one."""
     return int.from_bytes(memoryview(callback).tobytes(), "little")
@@ -7688,7 +7697,7 @@ def compile_function(machine, function, locals):
     code = compiler.compile()
     start = machine.place(code)
     native = NativeCode(function, context, start, compiler)
-    machine.codes.append(native)
+    context.codes.append(native)
     context.write(context.functions_offset + 8 * function.index, start)
     results = range(len(function.type.results))
     nowhere = None, 0, None, None       # native code adds itself to backtraces

@@ -624,8 +624,10 @@ class FunctionMaker:
         if self.choose.random() < 0.3:
             self.condition(depth)
             self.emit("if", b"\x40")
+            self.labels.append("")
             self.value("i", depth)
             self.emit("throw", 0)
+            self.labels.pop()
             return self.emit("end")
         self.emit("block", b"\x7f")
         self.labels.append("i")

@@ -1,11 +1,13 @@
 """Chapter 14: what machine code does is what the interpreter does, and what only it can do wrong."""
 
+import gc
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 
@@ -163,6 +165,15 @@ sys.setrecursionlimit(chibishim.RECURSION_LIMIT)
 chibishim.Module.tier = choose_tier("native")
 print(Instance(Module(bytes.fromhex(sys.argv[1]))).exports["even"](1000))""", wat(MUTUAL, *FLAGS).hex())
     assert done.stdout == b"1\n", done.stderr
+
+
+def test_a_deep_recursion_of_what_is_hot_and_what_is_not_yet(wat, tier):
+    tier("auto")
+    even = Instance(Module(wat(MUTUAL.replace(STAYS, ""), *FLAGS))).exports["even"]
+    for _ in range(2000):
+        even(0)
+    assert is_compiled(even)
+    assert even(600) == 1
 
 
 @pytest.mark.parametrize("mode", ["interpreter", "native"])
@@ -393,6 +404,17 @@ def test_references_are_not_kept_while_a_native_loop_runs(native):
     native(text, {"h": {"make": Noted, "look": lambda: seen.append(len(dropped))}}).exports["f"](5000)
     assert len(dropped) == 5000
     assert seen[0] > 2500
+
+
+def test_an_instance_whose_functions_are_compiled_can_be_freed(native):
+    instance = native("""(module (memory 1) (table 1 funcref) (elem (i32.const 0) $f) (type $t (func)) (global (mut i32) (i32.const 1))
+      (func $f) (func (export "f") (param i32) (global.set 0 (local.get 0)) (i32.store (i32.const 0) (local.get 0)) (call_indirect (type $t) (i32.const 0))))""")
+    instance.exports["f"](1)
+    assert is_compiled(instance.functions[1])
+    freed = weakref.ref(instance)
+    del instance
+    gc.collect()
+    assert freed() is None
 
 
 # -- exceptions --
@@ -633,7 +655,8 @@ def test_a_context_that_finds_no_memory_leaves_the_function_to_the_interpreter(w
 def test_a_function_of_many_variables_and_blocks_takes_no_gigabytes(tier):
     "I5"
     count = 12000
-    body = b"\1" + leb128(count) + b"\x7f" + b"".join(b"\x20\0\4\x40\x20\0\x21" + leb128(i) + b"\x0b" for i in range(1, count + 1)) + b"\x0b"
+    body = b"\1" + leb128(count) + b"\x7f" + b"".join(b"\x20\0\4\x40\x20\0\x21" + leb128(i) + b"\x0b" for i in range(1, count + 1))
+    body += b"".join(b"\x20" + leb128(i) + b"\x21\0" for i in range(1, count + 1)) + b"\x0b"
     tier("native")
     data = module_of(body, b"\x60\1\x7f\0")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
