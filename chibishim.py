@@ -5932,6 +5932,7 @@ NATIVE_CODE_BYTES = 1 << 26
 TAIL_CALL_BYTES = 64                # arguments that any function has room for
 COMPILE_COST = 16                   # bytes to execute for each byte to compile …
 COMPILE_START = 4000                # … and once
+VECTOR_COST = 8                     # how much slower the interpreter is with vectors
 SEAM_COST = 2000                    # what a call from native code to the interpreter counts, in bytes
 FIRST_COMPILE = 60000               # the tier itself takes some milliseconds to set up
 
@@ -7652,6 +7653,8 @@ class Tier:
     def counter(self, function, locals):
         """What the steps of a function count down."""
         budget = COMPILE_START + COMPILE_COST * (function.body.end - function.body.start)
+        if V128 in locals:
+            budget //= VECTOR_COST
         return [budget if self.mode == "auto" else -1, function, locals, self]
 
     def heat(self, counter):
