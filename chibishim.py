@@ -9668,7 +9668,8 @@ linux.resources.blockIO.throttleReadBpsDevice [object] refused
 linux.resources.blockIO.throttleWriteBpsDevice [object] refused
 linux.resources.blockIO.throttleReadIOPSDevice [object] refused
 linux.resources.blockIO.throttleWriteIOPSDevice [object] refused
-linux.resources.hugepageLimits [object] refused
+linux.resources.hugepageLimits[].pageSize string applied
+linux.resources.hugepageLimits[].limit int applied
 linux.resources.network object refused
 linux.resources.rdma object refused
 linux.resources.unified map applied
@@ -9895,6 +9896,8 @@ def plan(config, bundle, rootfs, user_namespace=False):
         if config["root"].get("readonly"):
             steps.append(("readonly_root", rootfs))
         steps.append(("pivot_root", rootfs))
+        if PROPAGATION[propagation] & (MS_SHARED | MS_UNBINDABLE):
+            steps.append(("propagation", PROPAGATION[propagation]))
     elif "mount" in spaces:
         steps += hook_steps + [("chroot", rootfs)]
     else:
@@ -10018,6 +10021,7 @@ def plan_process(process, seccomp=None):
     if not process.get("noNewPrivileges"):
         steps += filters
     steps.append(("bounding", sets.get("bounding", 0)))
+    steps.append(("make_cwd", process.get("cwd") or "/"))
     steps.append(("identity", identity[0], identity[1], tuple(identity[2:]), user.get("umask", 0o022)))
     steps.append(("cwd", process.get("cwd") or "/"))
     steps.append(("capabilities",) + tuple(sets.get(name, 0) for name in ("effective", "permitted", "inheritable", "ambient")))
@@ -10563,6 +10567,8 @@ class Cgroup:
                     refused.append((name, value))
         for name, value in refused:
             self.limit_one(name, value, resources)
+        for item in resources.get("hugepageLimits") or ():
+            self.limit_huge_pages(item.get("pageSize") or "", item.get("limit") or 0)
         for name, value in sorted((resources.get("unified") or {}).items()):
             if "/" in name or "" not in self.directories:
                 raise ConfigError("config.json: linux.resources.unified: %s needs cgroup version 2" % name)
@@ -10584,6 +10590,20 @@ class Cgroup:
         if not directory or file2 is None or not os.path.exists(os.path.join(directory, file2)):
             raise ConfigError("config.json: linux.resources.%s: no cgroup controller %s here" % (name, controller))
         write_text(os.path.join(directory, file2), version2_value(name, value, resources))
+
+    def limit_huge_pages(self, size, limit):
+        """The limit of one page size, of pages in use and of those set aside."""
+        names = ("limit_in_bytes", "rsvd.limit_in_bytes") if "hugetlb" in self.directories else ("max", "rsvd.max")
+        paths = [self.file("hugetlb", "hugetlb.%s.%s" % (size, name)) for name in names]
+        if not os.path.exists(paths[0]) and "" in self.directories and limit:
+            delegate_controllers(self.directories[""])
+        if not os.path.exists(paths[0]) or "/" in size:
+            if limit:
+                raise ConfigError("config.json: linux.resources.hugepageLimits: no cgroup controller hugetlb for pages of %r here" % size)
+            return                      # there are none to use
+        for path in paths:
+            if os.path.exists(path):    # Linux 5.7 on
+                write_text(path, str(limit))
 
     def limit_devices(self, rules):
         """The device allow list: written to version 1's controller; version 2 has none."""
@@ -10937,7 +10957,7 @@ class Setup:
     """What the operations share while they run in the child."""
 
     __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "shared", "status", "gate", "pid",
-                 "later", "payload", "labels", "console")
+                 "later", "payload", "labels", "console", "cwd")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -10956,6 +10976,7 @@ class Setup:
         self.later = 0                  # CLONE_NEWCGROUP, if that namespace is still to be made
         self.payload = None             # what load_payload found
         self.console = -1               # a socket for the terminal's master, if it is to be the container's own
+        self.cwd = None                 # the working directory, once we are there
         self.labels = []                # (what, descriptor, text) of AppArmor, SELinux: for exec, for Wasm, …
 
 
@@ -11154,6 +11175,14 @@ def mount_filesystem(source, fd, target, type, flags, data):
         raise OSError(error.errno, "mount %s at %s: %s" % (type, target, os.strerror(error.errno))) from None
 
 
+def mount_flags(fd):
+    """The present flags of a mount: statvfs(3)."""
+    old = os.fstatvfs(fd).f_flag
+    return sum(flag for bit, flag in (
+        (1, MS_RDONLY), (2, MS_NOSUID), (4, MS_NODEV), (8, MS_NOEXEC), (1024, MS_NOATIME), (2048, MS_NODIRATIME), (4096, MS_RELATIME))
+        if old & bit)
+
+
 def remount(fd, flags):
     """Changes a mount's flags; those that a user namespace locks are kept: mount_namespaces(7)."""
     path = fd_path(fd)
@@ -11162,11 +11191,7 @@ def remount(fd, flags):
     except OSError as error:
         if error.errno != errno.EPERM:
             raise
-        old = os.fstatvfs(fd).f_flag
-        for bit, flag in ((1, MS_RDONLY), (2, MS_NOSUID), (4, MS_NODEV), (8, MS_NOEXEC), (1024, MS_NOATIME),
-                          (2048, MS_NODIRATIME), (4096, MS_RELATIME)):
-            flags |= flag if old & bit else 0
-        mount(None, path, None, MS_REMOUNT | flags)
+        mount(None, path, None, MS_REMOUNT | flags | mount_flags(fd))
 
 
 def do_mount_cgroup(setup, target, flags):
@@ -11294,7 +11319,9 @@ def do_readonly(setup, path):
     if fd is not None:
         mount(fd_path(fd), fd_path(fd), None, MS_BIND | MS_REC)
         os.close(fd)
-        remount_top(setup, path, MS_BIND | MS_RDONLY)
+        fd = open_in_root(setup.root, path)     # what lies on top now
+        remount(fd, MS_BIND | MS_RDONLY | mount_flags(fd))
+        os.close(fd)
 
 
 def do_mask(setup, path):
@@ -11312,7 +11339,7 @@ def do_mask(setup, path):
 
 def do_readonly_root(setup, rootfs):
     fd = os.open(rootfs, O_PATH | os.O_CLOEXEC)
-    remount(fd, MS_BIND | MS_RDONLY)
+    remount(fd, MS_BIND | MS_RDONLY | mount_flags(fd))
     os.close(fd)
 
 
@@ -11326,6 +11353,11 @@ def do_pivot_root(setup, rootfs):
     umount(".")
     os.chdir("/")
     os.close(old)
+
+
+def do_propagation(setup, flag):
+    """Of the new root: all else was private, or a slave, when it was mounted."""
+    mount(None, "/", None, flag)
 
 
 def do_chroot(setup, rootfs):
@@ -11387,11 +11419,19 @@ def do_identity(setup, uid, gid, groups, umask):
     os.umask(umask)
 
 
-def do_cwd(setup, path):
+def do_make_cwd(setup, path):
+    """As root, since the user may be unable to make the directory, or to reach it."""
     try:
+        if not os.path.exists(path):
+            os.makedirs(path, 0o755)
         os.chdir(path)
-    except FileNotFoundError:
-        os.makedirs(path, 0o755, exist_ok=True)
+        setup.cwd = path
+    except PermissionError:
+        pass                            # a network file system: the user can, or nobody
+
+
+def do_cwd(setup, path):
+    if setup.cwd != path:
         os.chdir(path)
     if not os.getcwd().startswith("/"):
         raise OSError(errno.EPERM, "cwd %s lies outside the container (CVE-2024-21626)" % path)
@@ -11446,6 +11486,18 @@ def do_labels(setup):
 
 def do_payload(setup, process):
     setup.payload = load_payload(process)
+    environment = process.get("env") or []
+    if setup.payload[0] == "native" and not any(pair.startswith("HOME=") for pair in environment):
+        process["env"] = environment + ["HOME=" + home_of((process.get("user") or {}).get("uid") or 0)]
+
+
+def home_of(uid):
+    """A user's home directory: passwd(5), of the container."""
+    for line in read_text("/etc/passwd", "").splitlines() if os.path.isfile("/etc/passwd") else ():
+        fields = line.split(":")
+        if fields[2:3] == [str(uid)]:
+            return "".join(fields[5:6]) or "/"
+    return "/"
 
 
 def do_seccomp(setup, call, flags, program):
@@ -11459,8 +11511,8 @@ def do_seccomp(setup, call, flags, program):
 
 OPERATIONS = {function.__name__[3:]: function for function in (
     do_join, do_unshare, do_cgroup, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink, do_terminal,
-    do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_chroot, do_hostname,
-    do_domainname, do_rlimit, do_bounding, do_identity, do_cwd, do_capabilities,
+    do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_propagation, do_chroot, do_hostname,
+    do_domainname, do_rlimit, do_bounding, do_make_cwd, do_identity, do_cwd, do_capabilities,
     do_no_new_privs, do_open_labels, do_payload, do_labels, do_seccomp)}
 
 

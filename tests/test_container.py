@@ -122,6 +122,16 @@ def test_a_closed_stream_is_not_written_to_by_its_old_number(tmp_path):
     assert os.path.getsize(tmp_path / "other") == 0
 
 
+def test_root_sees_to_the_working_directory_before_it_is_the_user():
+    names = [step[0] for step in chibishim.plan_process({"cwd": "/new", "user": {"uid": 5}})]
+    assert names.index("make_cwd") < names.index("identity") < names.index("cwd")
+
+
+@pytest.mark.parametrize("word, steps", [("rshared", 1), ("shared", 1), ("unbindable", 1), ("rslave", 0), ("private", 0)])
+def test_the_new_root_is_shared_if_asked(word, steps):
+    assert sum(step[0] == "propagation" for step in plan_of(rootfsPropagation=word)) == steps
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of cgroups and containers is tested")
 
 

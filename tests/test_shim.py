@@ -493,6 +493,24 @@ def test_a_terminal_multiplexer_that_is_none_is_refused(bundle):
     assert "/dev/ptmx" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path, terminal=True, stdout="file://" + bundle.output)
 
 
+@needs_busybox
+def test_what_is_made_read_only_keeps_its_other_flags(bundle):
+    bundle.config["root"]["readonly"] = True
+    pid = bundle.start().create()
+    with open("/proc/%d/mountinfo" % pid) as file:
+        options = {line.split()[4]: line.split()[5].split(",") for line in file}
+    assert {"ro", "nosuid", "nodev", "noexec"} <= set(options["/proc/sys"]) and "ro" in options["/"]
+
+
+def test_huge_pages_are_limited_where_the_kernel_has_them(bundle):
+    bundle.config["linux"]["resources"] = {"hugepageLimits": [{"pageSize": "2MB", "limit": 0}, {"pageSize": "3MB", "limit": 0}]}
+    bundle.start().create()
+    bundle.call("Delete")
+    bundle.config["linux"]["resources"] = {"hugepageLimits": [{"pageSize": "3MB", "limit": 1 << 30}]}
+    bundle.command("delete")            # writes the configuration anew
+    assert "hugepageLimits" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+
+
 def test_the_guest_dies_with_its_shim(bundle):
     pid = bundle.start().create()
     bundle.call("Start")
