@@ -11704,6 +11704,7 @@ REFUSALS = {
     ("Stats", STOPPED): (NOT_FOUND, "the container's processes are gone"),
 }
 DRAIN_STALL_S, DRAIN_MAX_S = 0.5, 10
+LOGGER_READY_S, LOGGER_END_S = 10, 12
 COPY_BYTES = 65536
 
 
@@ -11761,6 +11762,8 @@ class Stdio:
         self.size = None                # the terminal's (width, height), once known
         self.console = self.child_console = -1      # a pair of sockets: the child sends its own terminal's master
         self.copied = Event()           # the terminal's output has been copied
+        self.log_ends = []              # the pipes to a logger, before open: for stdout, for stderr
+        self.logger = None              # (pidfd, Event of its end)
 
     def open(self, own_terminal=False):
         """Opens everything, a terminal too unless the child brings its own; the error names the stream."""
@@ -11803,6 +11806,10 @@ class Stdio:
         scheme, path = stream_path(name)
         if not path:
             return os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        if scheme == "binary":
+            if not self.log_ends:
+                raise OSError(errno.EINVAL, "a logger is started for stdout, and takes stderr too")
+            return self.log_ends.pop(0)
         if scheme == "file":
             os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -11848,9 +11855,9 @@ class Stdio:
 
     def forked(self, loop):
         """The child has its copies: ours go, the copying begins."""
-        for fd in set(self.child) | {self.child_console} - {-1}:
+        for fd in {*self.child, *self.log_ends, self.child_console} - {-1}:
             os.close(fd)
-        self.child, self.child_console = [], -1
+        self.child, self.log_ends, self.child_console = [], [], -1
         if self.console < 0:
             self.copy(loop)
         else:
@@ -11950,9 +11957,9 @@ class Stdio:
 
     def close(self, loop=None):
         """Closes what is open; the tasks that copy see it."""
-        fds = self.child + list(self.kept.values()) + [
+        fds = self.child + self.log_ends + list(self.kept.values()) + [
             self.output, self.stdin, self.stdin_writer, self.sink, self.master, self.console, self.child_console]
-        self.child, self.kept = [], {}
+        self.child, self.log_ends, self.kept = [], [], {}
         self.output = self.stdin = self.stdin_writer = self.sink = self.master = self.console = self.child_console = -1
         for fd in set(fds) - {-1}:
             if loop:
@@ -11972,9 +11979,65 @@ def stream_path(name):
     scheme, found, rest = name.partition("://")
     if not found:
         return "fifo", name
-    if scheme not in ("fifo", "file"):
-        raise OSError(errno.EINVAL, "scheme %s is not supported; use a fifo or file://" % scheme)
+    if scheme not in ("fifo", "file", "binary"):
+        raise OSError(errno.EINVAL, "scheme %s is not supported; use a fifo, file:// or binary://" % scheme)
     return scheme, rest.partition("?")[0]
+
+
+def unquote(text):
+    """%41 as A (RFC 3986, section 2.1)."""
+    first, *rest = text.encode("utf-8", "replace").split(b"%")
+    return b"".join([first] + [bytes.fromhex(piece[:2].decode()) + piece[2:] for piece in rest]).decode("utf-8", "replace")
+
+
+def logger_words(uri):
+    """The command line in a binary:// URI: the path, then each name and value of the query."""
+    path, _, query = uri.partition("://")[2].partition("?")
+    pairs = [pair.partition("=") for pair in query.split("&") if pair]
+    try:
+        return [unquote(path)] + [unquote(word.replace("+", " ")) for name, _, value in pairs for word in (name, value)]
+    except ValueError:
+        raise ContainerError("log %s: a %% is not followed by two hexadecimal digits" % uri) from None
+
+
+def start_logger(io, id, namespace, children):
+    """A task that starts the program of a binary:// URI as containerd's own shims do: its
+    descriptors 3 and 4 are stdout's and stderr's read ends, 5 it closes when it is ready."""
+    words = logger_words(io.names["stdout"])
+    if not os.access(words[0], os.X_OK):
+        raise ContainerError("log %s: no such program" % words[0])
+    pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
+    theirs, ours = [pipes[0][0], pipes[1][0], pipes[2][1]], [pipes[0][1], pipes[1][1], pipes[2][0]]
+    pid = os.fork()
+    if not pid:
+        try:
+            reset_signals()
+            for target, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 6) for fd in theirs], 3):
+                os.dup2(fd, target)
+            close_all_but(*range(6))
+            os.execve(words[0], words, {"CONTAINER_ID": id, "CONTAINER_NAMESPACE": namespace})
+        finally:
+            os._exit(127)
+    for fd in theirs:
+        os.close(fd)
+    ended = Event()
+    children[pid] = lambda code: ended.happen()
+    io.log_ends, io.logger = ours[:2], (os.pidfd_open(pid), ended)
+    ready = yield readable(ours[2], LOGGER_READY_S)
+    os.close(ours[2])
+    if not ready:
+        raise ContainerError("log %s: not ready after %d s; it should close descriptor 5" % (words[0], LOGGER_READY_S))
+
+
+def end_logger(io):
+    """A task that waits for the logger: its pipes are closed. It may write for a while, not for ever."""
+    import _signal
+    pidfd, ended = io.logger
+    for signal, seconds in ((SIGTERM, LOGGER_END_S), (SIGKILL, 1)):
+        if not (yield ended, seconds):
+            _signal.pidfd_send_signal(pidfd, signal)
+    os.close(pidfd)
+    io.logger = None
 
 
 class Container:
@@ -12011,10 +12074,11 @@ class Container:
 
 
 class TaskService:
-    """The service. `publish(topic, message name, message)` queues an event."""
+    """The service of a namespace. `publish(topic, message name, message)` queues an event."""
 
-    def __init__(self, loop, publish):
+    def __init__(self, loop, publish, namespace):
         self.loop = loop
+        self.namespace = namespace
         self.publish = publish
         self.containers = {}
         self.children = {}              # pid -> function(wait status)
@@ -12087,7 +12151,7 @@ class TaskService:
         container.cgroup = self.make_cgroup(container, userns)
         init = container.init
         spec = config["process"]
-        self.open_streams(container, init, spec)
+        yield from self.open_streams(container, init, spec)
         self.fork(container, init, spec, steps, namespaces(config))
         record_init(bundle, container)
         if config.get("hooks"):
@@ -12098,10 +12162,12 @@ class TaskService:
         yield from self.await_ready(init, spec)
 
     def open_streams(self, container, process, spec):
-        """Opens a process's streams; a terminal has its size from the start."""
+        """Opens a process's streams, those to a logger when it is there; a terminal has its size from the start."""
         size = spec.get("consoleSize") or {}
         if not process.io.size:
             process.io.resize(size.get("width") or 0, size.get("height") or 0)
+        if process.io.names["stdout"].startswith("binary://"):
+            yield from start_logger(process.io, container.id, self.namespace, self.children)
         process.io.open(own_terminal(container.config, spec))
 
     def make_cgroup(self, container, userns):
@@ -12315,6 +12381,8 @@ class TaskService:
                 yield from self.kill_and_wait(process)
             container.execs.pop(process.id, None)
             process.close(self.loop)
+            if process.io.logger:
+                yield from end_logger(process.io)
             return {"pid": process.pid, "exit_status": process.exit_status, "exited_at": process.exited_at}
         yield from self.tear_down(container)
         self.containers.pop(container.id, None)
@@ -12344,6 +12412,9 @@ class TaskService:
                 if container.cgroup.remove():
                     break
                 yield None, 0.01
+        for process in [container.init] + list(container.execs.values()):
+            if process.io.logger:
+                yield from end_logger(process.io)
         if container.mounted:
             unmount_all(os.path.join(container.bundle, "rootfs"))
         try:
@@ -12482,7 +12553,7 @@ class TaskService:
     def start_exec(self, container, process):
         """Forks a process into the container: its namespaces by way of init's."""
         last = plan_process(process.spec, (container.config.get("linux") or {}).get("seccomp"))
-        self.open_streams(container, process, process.spec)
+        yield from self.open_streams(container, process, process.spec)
         fds = {}
         try:
             for name in namespaces(container.config):
@@ -12993,7 +13064,7 @@ class Shim:
         self.loop = Loop(forgiving=True)
         self.events = []                # encoded ForwardRequests, the oldest first
         self.news = Event()
-        self.tasks = TaskService(self.loop, self.publish)
+        self.tasks = TaskService(self.loop, self.publish, flags["namespace"])
         self.methods = {(service, method): method for service in TASK_SERVICES for method in TASK_METHODS}
 
     def serve(self):

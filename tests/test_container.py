@@ -132,6 +132,13 @@ def test_the_new_root_is_shared_if_asked(word, steps):
     assert sum(step[0] == "propagation" for step in plan_of(rootfsPropagation=word)) == steps
 
 
+@pytest.mark.parametrize("uri, words", [
+    ("binary:///bin/log", ["/bin/log"]), ("binary:///bin/log?a=1&b=2", ["/bin/log", "a", "1", "b", "2"]),
+    ("binary:///my%20log?a=x%26y+z&b", ["/my log", "a", "x&y z", "b", ""])])
+def test_a_loggers_command_line_is_its_uri(uri, words):
+    assert chibishim.logger_words(uri) == words
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of cgroups and containers is tested")
 
 

@@ -511,6 +511,33 @@ def test_huge_pages_are_limited_where_the_kernel_has_them(bundle):
     assert "hugepageLimits" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
 
 
+def logger_of(bundle, text):
+    """The URI of a logger that is this script."""
+    path = os.path.join(bundle.directory, "logger")
+    with open(path, "w") as file:
+        file.write("#!/bin/sh\n" + text.replace("DIR", bundle.directory))
+    os.chmod(path, 0o755)
+    return "binary://%s?name=value" % path
+
+
+def test_a_logger_gets_both_streams_and_is_waited_for(bundle):
+    uri = logger_of(bundle, """exec 5>&-
+echo "$CONTAINER_ID $CONTAINER_NAMESPACE $*" > DIR/arguments
+cat <&3 > DIR/stdout & cat <&4 > DIR/stderr; wait; sleep 0.2; echo > DIR/done""")
+    bundle.config["process"]["args"] = ["/guest.wasm", "both"]
+    bundle.start().call("Create", bundle=bundle.path, stdout=uri, stderr=uri)
+    bundle.call("Start")
+    assert bundle.call("Wait")["exit_status"] == 0
+    bundle.call("Delete")
+    texts = {name: open(os.path.join(bundle.directory, name)).read() for name in ("arguments", "stdout", "stderr", "done")}
+    assert texts == {"arguments": "%s test name value\n" % bundle.id, "stdout": "ready\n", "stderr": "ready\n", "done": "\n"}
+
+
+def test_a_logger_that_is_missing_makes_create_fail(bundle):
+    bundle.start()
+    assert "/no/such" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path, stdout="binary:///no/such")
+
+
 def test_the_guest_dies_with_its_shim(bundle):
     pid = bundle.start().create()
     bundle.call("Start")
