@@ -9703,7 +9703,12 @@ NAMESPACED_SYSCTLS = {                  # name below /proc/sys, or its beginning
     "net/": "network", "fs/mqueue/": "ipc", "kernel/hostname": "uts", "kernel/domainname": "uts",
     **{"kernel/" + name: "ipc" for name in "msgmax msgmnb msgmni sem shmall shmmax shmmni shm_rmid_forced".split()},
 }
-REFUSED_MOUNT_OPTIONS = ("idmap", "ridmap", "tmpcopyup", "rro", "loop")
+RECURSIVE_OPTIONS = {                   # option -> (attributes to set, to clear) of a mount and all below: mount_setattr(2)
+    "rro": (1, 0), "rrw": (0, 1), "rnosuid": (2, 0), "rsuid": (0, 2), "rnodev": (4, 0), "rdev": (0, 4), "rnoexec": (8, 0),
+    "rexec": (0, 8), "rrelatime": (0, 0x70), "rnoatime": (0x10, 0x70), "rstrictatime": (0x20, 0x70),
+    "rnodiratime": (0x80, 0), "rdiratime": (0, 0x80), "rnosymfollow": (0x200000, 0), "rsymfollow": (0, 0x200000),
+}
+REFUSED_MOUNT_OPTIONS = ("idmap", "ridmap", "tmpcopyup", "loop")
 DEVICE_NODES = (                        # path, type, major, minor: always there
     ("/dev/null", "c", 1, 3), ("/dev/zero", "c", 1, 5), ("/dev/full", "c", 1, 7),
     ("/dev/random", "c", 1, 8), ("/dev/urandom", "c", 1, 9), ("/dev/tty", "c", 5, 0),
@@ -9861,7 +9866,7 @@ def mount_options(words, where="mount"):
             flags = flags | flag if on else flags & ~flag
         elif word in PROPAGATION:
             propagation.append(PROPAGATION[word])
-        elif word in REFUSED_MOUNT_OPTIONS:
+        elif word in REFUSED_MOUNT_OPTIONS or word in RECURSIVE_OPTIONS:
             raise ConfigError("%s: option %s is not supported" % (where, word))
         elif not word.startswith("X-") and not word.startswith("x-"):
             data.append(word)
@@ -9955,7 +9960,8 @@ def plan_mounts(config, bundle):
         target = item.get("destination") or ""
         if not target:
             raise ConfigError("%s.destination is missing" % where)
-        flags, propagation, data = mount_options(item.get("options"), where)
+        words = item.get("options") or ()
+        flags, propagation, data = mount_options([word for word in words if word not in RECURSIVE_OPTIONS], where)
         type = item.get("type") or ""
         source = item.get("source") or ""
         if flags & MS_BIND or type == "bind":
@@ -9965,6 +9971,7 @@ def plan_mounts(config, bundle):
             steps.append(("mount_cgroup", "/" + target.strip("/"), flags))
         else:
             steps.append(("mount", source or type, "/" + target.strip("/"), type, flags, tuple(propagation), data))
+        steps += [("attributes", "/" + target.strip("/"), word, *RECURSIVE_OPTIONS[word]) for word in words if word in RECURSIVE_OPTIONS]
     return steps
 
 
@@ -9978,7 +9985,8 @@ def own_terminal(config, process):
 def plan_devices(config, user_namespace):
     """/dev: the nodes every container has, those of linux.devices, and the links."""
     for item in config.get("mounts") or ():
-        if (item.get("destination") or "").rstrip("/") == "/dev" and mount_options(item.get("options"))[0] & MS_BIND:
+        if (item.get("destination") or "").rstrip("/") == "/dev" and (
+                item.get("type") == "bind" or {"bind", "rbind"} & set(item.get("options") or ())):
             return []                   # somebody else's /dev: hands off
     steps = []
     asked = (config.get("linux") or {}).get("devices") or ()
@@ -10018,6 +10026,7 @@ def plan_process(process, seccomp=None):
     if not all(0 <= number <= MAX_ID for number in identity):
         raise ConfigError("config.json: process.user: an id is not in 0…%d" % MAX_ID)
     sets = {name: capability_mask(names) for name, names in (process.get("capabilities") or {}).items()}
+    steps.append(("session_keyring", identity[0], identity[1]))
     if not process.get("noNewPrivileges"):
         steps += filters
     steps.append(("bounding", sets.get("bounding", 0)))
@@ -10942,7 +10951,11 @@ def buffer_address(memory, _ctypes):
 
 WASM_MAGIC = b"\0asm"
 WASM_MODULE, WASM_COMPONENT = b"\0asm\1\0\0\0", b"\0asm\x0d\0\1\0"
-SYS_OPEN_TREE, SYS_MOVE_MOUNT = 428, 429            # the same everywhere
+SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "armv7l": 311, "armv6l": 311, "i686": 288, "s390x": 280,
+              "ppc64le": 271, "loongarch64": 219}
+KEYCTL_JOIN_SESSION_KEYRING = 1
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_MOUNT_SETATTR = 428, 429, 442        # the same everywhere
+AT_EMPTY_PATH = 0x1000
 AT_FDCWD, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = -100, 0x8000, 1, 4, 0x40
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 PROC_TARGETS = ("/proc/cpuinfo", "/proc/diskstats", "/proc/meminfo", "/proc/stat", "/proc/swaps", "/proc/uptime",
@@ -11175,6 +11188,17 @@ def mount_filesystem(source, fd, target, type, flags, data):
         raise OSError(error.errno, "mount %s at %s: %s" % (type, target, os.strerror(error.errno))) from None
 
 
+def do_attributes(setup, target, word, on, off):
+    """Changes a mount and all below it at once: none may stay writable for a moment, or for good."""
+    fd = open_in_root(setup.root, target)
+    try:
+        libc.syscall(SYS_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH | AT_RECURSIVE, struct.pack("=QQQQ", on, off, 0, 0), 32)
+    except OSError as error:
+        raise OSError(error.errno, "mount at %s: option %s: %s" % (target, word, os.strerror(error.errno))) from None
+    finally:
+        os.close(fd)
+
+
 def mount_flags(fd):
     """The present flags of a mount: statvfs(3)."""
     old = os.fstatvfs(fd).f_flag
@@ -11392,6 +11416,21 @@ def to_limit(value):
     return -1 if value >= MAX_U64 >> 1 else value
 
 
+def do_session_keyring(setup, uid, gid):
+    """A session keyring of the process's own: the one it has is the shim's, and so any container's
+    of the pod: session-keyring(7). It belongs to the real user who joins it."""
+    call = SYS_KEYCTL.get(os.uname().machine)
+    if call is None:
+        return
+    os.setresgid(gid, -1, -1)
+    os.setresuid(uid, -1, -1)
+    try:
+        libc.syscall(call, KEYCTL_JOIN_SESSION_KEYRING, None)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):      # a kernel without keys; a container around us that may not
+            raise OSError(error.errno, "join a session keyring: %s" % os.strerror(error.errno)) from None
+
+
 def do_bounding(setup, mask):
     for capability in range(64):
         if not mask >> capability & 1:
@@ -11510,9 +11549,9 @@ def do_seccomp(setup, call, flags, program):
 
 
 OPERATIONS = {function.__name__[3:]: function for function in (
-    do_join, do_unshare, do_cgroup, do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink, do_terminal,
+    do_join, do_unshare, do_cgroup, do_loopback_up, do_prepare_root, do_mount, do_attributes, do_mount_cgroup, do_device, do_symlink, do_terminal,
     do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_propagation, do_chroot, do_hostname,
-    do_domainname, do_rlimit, do_bounding, do_make_cwd, do_identity, do_cwd, do_capabilities,
+    do_domainname, do_rlimit, do_session_keyring, do_bounding, do_make_cwd, do_identity, do_cwd, do_capabilities,
     do_no_new_privs, do_open_labels, do_payload, do_labels, do_seccomp)}
 
 
@@ -12882,6 +12921,7 @@ TASK_SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 EVENT_TYPES = "containerd.events."
 SHIM_FLAGS = ("namespace", "id", "address", "publish-binary", "bundle", "socket", "debug-socket")
 SHIM_SWITCHES = ("debug", "info", "v", "version")
+FEATURES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 UNUSED_EXIT_S = 300                     # nobody created a container: containerd has given up
 FLUSH_S = 3
 EVENT_TIMEOUT_S = 5
@@ -12924,7 +12964,8 @@ def shim_main(words):
             VERSION, sys.version.split()[0], native_status()))
         return 0
     if flags.get("info"):
-        info = encode("RuntimeInfo", {"name": "io.containerd.chibiwasm.v1", "version": {"version": VERSION}})
+        info = encode("RuntimeInfo", {"name": "io.containerd.chibiwasm.v1", "version": {"version": VERSION},
+                                      "features": {"type_url": FEATURES_TYPE, "value": to_json(features()).encode()}})
         os.write(1, info)
         return 0
     actions = {"start": shim_start, "delete": shim_delete}
@@ -12936,6 +12977,18 @@ def shim_main(words):
             raise UsageError("-id %r is no container id" % flags["id"][:100])
         return actions[rest[0]](flags)
     raise UsageError("a shim is started by containerd; see --help for what people can do with it")
+
+
+def features():
+    """What this runtime can do, in the words of the OCI runtime specification (features.md); CRI
+    offers recursively read-only mounts where it finds "rro"."""
+    hooks = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
+    linux = {"namespaces": sorted(NAMESPACES), "capabilities": ["CAP_" + name for name in CAPABILITIES],
+             "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": False},
+             "seccomp": {"enabled": True}, "apparmor": {"enabled": True}, "selinux": {"enabled": True},
+             "intelRdt": {"enabled": False}, "mountExtensions": {"idmap": {"enabled": False}}}
+    return {"ociVersionMin": "1.0.0", "ociVersionMax": "1.2.0", "hooks": hooks, "linux": linux,
+            "mountOptions": sorted({*MOUNT_FLAGS, *PROPAGATION, *RECURSIVE_OPTIONS})}
 
 
 def read_all(fd):

@@ -139,6 +139,12 @@ def test_a_loggers_command_line_is_its_uri(uri, words):
     assert chibishim.logger_words(uri) == words
 
 
+@pytest.mark.parametrize("word", ["idmap", "tmpcopyup", "rro"])
+def test_an_option_that_is_not_applied_to_the_root_is_refused(word):
+    with pytest.raises(chibishim.ConfigError, match=word):
+        chibishim.mount_options([word])
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of cgroups and containers is tested")
 
 

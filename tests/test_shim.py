@@ -90,6 +90,14 @@ def bundle():
         assert all(directory not in line for line in open("/proc/self/mounts"))
 
 
+def test_info_tells_what_the_runtime_can_do():
+    done = subprocess.run([SHIM, "-info"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+    info = decode("RuntimeInfo", done.stdout)
+    assert (info["name"], done.stderr) == ("io.containerd.chibiwasm.v1", b"")
+    features = json.loads(info["features"]["value"])
+    assert {"ro", "rro", "rbind", "rshared"} <= set(features["mountOptions"]) and "user" in features["linux"]["namespaces"]
+
+
 def test_start_prints_the_address_and_writes_it(bundle):
     bundle.start()
     with open(os.path.join(bundle.path, "address")) as file:
@@ -536,6 +544,29 @@ cat <&3 > DIR/stdout & cat <&4 > DIR/stderr; wait; sleep 0.2; echo > DIR/done"""
 def test_a_logger_that_is_missing_makes_create_fail(bundle):
     bundle.start()
     assert "/no/such" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path, stdout="binary:///no/such")
+
+
+@needs_busybox
+def test_each_process_has_a_session_keyring_of_its_own(bundle):
+    if not os.path.exists("/proc/keys"):
+        pytest.skip("the kernel has no keys")
+    shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs"))
+    bundle.config["linux"]["maskedPaths"] = []
+    bundle.config["process"].update(args=["/busybox", "grep", "keyring.*_ses", "/proc/keys"], user={"uid": 5, "gid": 6})
+    bundle.start().create()
+    bundle.call("Start")
+    bundle.call("Wait")
+    with open(bundle.output) as file:
+        rings = [line.split() for line in file]
+    assert [ring[5:7] for ring in rings] == [["5", "6"]], rings
+
+
+def test_recursive_options_reach_every_mount_below(bundle):
+    bundle.config["mounts"].append({"destination": "/data", "type": "bind", "source": "/sys", "options": ["rbind", "rro", "rnoatime"]})
+    pid = bundle.start().create()
+    with open("/proc/%d/mountinfo" % pid) as file:
+        options = [line.split()[5].split(",") for line in file if (line.split()[4] + "/").startswith("/data/")]
+    assert len(options) > 1 and all({"ro", "noatime"} <= set(words) for words in options)
 
 
 def test_the_guest_dies_with_its_shim(bundle):
