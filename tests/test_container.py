@@ -145,6 +145,20 @@ def test_an_option_that_is_not_applied_to_the_root_is_refused(word):
         chibishim.mount_options([word])
 
 
+def test_version_2_tells_by_memory_events_that_memory_ran_out(tmp_path):
+    events = tmp_path / "memory.events"
+    events.write_text("low 0\noom 0\noom_kill 0\n")
+    group = chibishim.Cgroup({"": str(tmp_path)})
+    fd = group.watch_oom()
+    try:
+        with pytest.raises(BlockingIOError):
+            os.read(fd, 4096)
+        events.write_text("low 0\noom 1\noom_kill 1\n")
+        assert os.read(fd, 4096) and group.oom_kills() == 1
+    finally:
+        os.close(fd)
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of cgroups and containers is tested")
 
 
