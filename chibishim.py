@@ -580,6 +580,7 @@ MAX_FRAME_SLOTS = 8000000       # a function's frame times the depth it may be c
 
 # What a module may contain, where the JavaScript API has a limit: the same.
 MAX_MODULE_BYTES = 1 << 30
+MAX_NESTING = 100000            # of blocks, loops and the like in each other
 MAX_TYPES = 1000000
 MAX_SUPERTYPES = 63             # depth of a chain
 MAX_FIELDS = 10000
@@ -1967,9 +1968,14 @@ def do_array_new_default(R, d, a, b):
 
 
 def new_array(type, fields, count=1):
-    if len(fields) * count > MAX_ARRAY_ELEMENTS:
-        raise Exhaustion("array of %d elements: at most %d" % (len(fields) * count, MAX_ARRAY_ELEMENTS))
+    check_array_size(len(fields) * count)
     return Aggregate(type, fields * count)
+
+
+def check_array_size(count):
+    """Before its elements are made."""
+    if count > MAX_ARRAY_ELEMENTS:
+        raise Exhaustion("array of %d elements: at most %d" % (count, MAX_ARRAY_ELEMENTS))
 
 
 def do_array_new_fixed(R, d, a, b):
@@ -1987,6 +1993,7 @@ def do_array_new_elem(R, d, a, b):
     start, count = R[b[0]], R[b[1]]
     if start + count > len(segments[index]):
         raise out_of_bounds("table")
+    check_array_size(count)
     R[d] = new_array(type, list(segments[index][start:start + count]))
 
 
@@ -2000,6 +2007,7 @@ def elements_of_data(type, data, start, count):
     data = data or b""
     if start + count * access.size > len(data):
         raise out_of_bounds("memory")
+    check_array_size(count)
     values = [value for value, in access.iter_unpack(data[start:start + count * access.size])]
     return list(map(f32_from_bits, values)) if storage == F32 else values
 
@@ -2220,6 +2228,8 @@ class Module:
     tier = None
 
     def __init__(self, data):
+        if len(data) > MAX_MODULE_BYTES:
+            raise Invalid("module of more than %d bytes" % MAX_MODULE_BYTES)
         self.data = data
         self.types = []             # DefinedType
         self.imports = []
@@ -3367,6 +3377,8 @@ class Translator:
 
     def enter(self, opcode, params, results):
         """Opens a construct whose params were popped."""
+        if len(self.controls) > MAX_NESTING:
+            raise Invalid("nesting of more than %d blocks" % MAX_NESTING)
         control = Control(opcode, params, results, len(self.types), len(self.was_set), self.handlers)
         self.controls.append(control)
         self.push_all(params)
@@ -9095,6 +9107,8 @@ def run_command(data, arguments, environment, preopens, function="_start", prelo
             report("  … and %d more" % (len(trap.backtrace) - MAX_BACKTRACE))
     except (Malformed, Invalid, Unlinkable) as error:
         report("error: %s: %s" % (error.__class__.__name__.lower(), error))
+    except MemoryError:
+        report("error: not enough memory for the module")
     return EXIT_TRAP
 
 
@@ -9124,7 +9138,7 @@ def run_export(wasi, module, imports, function, words):
             function, "; name one with --invoke" if function == "_start" else ""))
     type = module.function_type(index)
     values = [] if function == "_start" else [parse_value(*pair) for pair in zip(type.params, words)]
-    if len(values) != len(type.params):
+    if function != "_start" and len(words) != len(type.params) or len(values) != len(type.params):
         raise Unlinkable("function %r takes %d arguments" % (function, len(type.params)))
     start, module.start = module.start, None    # it may call WASI, which needs the memory
     instance = Instance(module, imports)
@@ -9135,7 +9149,7 @@ def run_export(wasi, module, imports, function, words):
         execute_any(instance.functions[start], [])
     results = execute_any(instance.exports[function], values)
     if results and function != "_start":
-        os.write(1, b"%s\n" % " ".join(str(to_python(*pair)) for pair in zip(type.results, results)).encode())
+        os.write(1, b"%s\n" % " ".join(value_of(*pair) for pair in zip(type.results, results)).encode())
     return 0
 
 
@@ -13530,7 +13544,7 @@ def map_file(path):
         try:
             return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
         except (ValueError, OSError):
-            return file.read(MAX_MODULE_BYTES)      # empty, or not mappable
+            return file.read(MAX_MODULE_BYTES + 1)  # empty, or not mappable
 
 
 COMPONENT_MAGIC = b"\0asm\x0d\0\1\0"
@@ -13837,6 +13851,8 @@ def command_inspect(words):
         raise UsageError("%s: %s: %s" % (path, error.__class__.__name__.lower(), error)) from None
     except KeyError:
         raise UsageError("%s: no function %s of its own; name one by index, name or export" % (path, function)) from None
+    except MemoryError:
+        raise UsageError("%s: not enough memory for the module" % path) from None
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Chapter 13 and its options: disassembly, offsets in backtraces, --trace, --fuel, --timeout."""
+"""Chapter 15 and its options: disassembly, offsets in backtraces, --trace, --fuel, --timeout."""
 
 import os
 import re
@@ -397,3 +397,37 @@ def test_a_module_through_a_pipe(chase):
     done = subprocess.run([sys.executable, "-IS", SHIM, "run", "--invoke=add", "/dev/stdin", "1", "2"], stdout=subprocess.PIPE,
                           input=chase.read_bytes())
     assert (done.returncode, done.stdout) == (0, b"3\n")
+
+
+def test_a_result_that_is_a_reference_is_named(wat, tmp_path):
+    (tmp_path / "m.wasm").write_bytes(wat('(module (func $f (export "f") (result funcref externref) (ref.func $f) (ref.null extern)))', "--debug-names"))
+    done = run("run", "--invoke=f", tmp_path / "m.wasm")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"f null\n", b"")
+
+
+@pytest.mark.parametrize("words", [[], ["1"], ["1", "2", "3"]])
+def test_an_export_is_called_with_as_many_arguments_as_it_takes(chase, words):
+    done = run("run", "--invoke=add", chase, *words)
+    assert done.returncode == 134 and b"takes 2 arguments" in done.stderr
+
+
+def test_a_reference_cannot_be_given_on_the_command_line(wat, tmp_path):
+    (tmp_path / "m.wasm").write_bytes(wat('(module (func (export "f") (param funcref)))'))
+    done = run("run", "--invoke=f", tmp_path / "m.wasm", "x")
+    assert done.returncode == 134 and b"'x' is no (ref null func)" in done.stderr
+
+
+def test_blocks_are_not_nested_without_end():
+    def leb(n):
+        return bytes((n & 0x7F | 0x80, n >> 7 & 0x7F | 0x80, n >> 14 & 0x7F | 0x80, n >> 21))
+    body = b"\0" + b"\x02\x40" * 200000 + b"\x0b" * 200001
+    code = b"\1" + leb(len(body)) + body
+    module = Module(b"\0asm\1\0\0\0\1\4\1\x60\0\0\3\2\1\0\x0a" + leb(len(code)) + code)
+    with pytest.raises(chibishim.Invalid, match="nesting"):
+        module.validate()
+
+
+def test_a_module_has_a_size_that_is_bounded(monkeypatch):
+    monkeypatch.setattr(chibishim, "MAX_MODULE_BYTES", 7)
+    with pytest.raises(chibishim.Invalid, match="more than 7 bytes"):
+        Module(b"\0asm\1\0\0\0")
