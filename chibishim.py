@@ -9585,9 +9585,17 @@ process.capabilities.permitted [string] applied
 process.capabilities.ambient [string] applied
 process.apparmorProfile string applied
 process.selinuxLabel string applied
-process.ioPriority object refused
-process.scheduler object refused
-process.execCPUAffinity object refused
+process.ioPriority.class string applied
+process.ioPriority.priority int applied
+process.scheduler.policy string applied
+process.scheduler.nice int applied
+process.scheduler.priority int applied
+process.scheduler.flags [string] applied
+process.scheduler.runtime int applied
+process.scheduler.deadline int applied
+process.scheduler.period int applied
+process.execCPUAffinity.initial string applied
+process.execCPUAffinity.final string applied
 hooks.prestart[].path string applied
 hooks.prestart[].args [string] applied
 hooks.prestart[].env [string] applied
@@ -9620,7 +9628,10 @@ linux.gidMappings[].hostID int applied
 linux.gidMappings[].size int applied
 linux.namespaces[].type string applied
 linux.namespaces[].path string applied
-linux.timeOffsets object refused
+linux.timeOffsets.monotonic.secs int applied
+linux.timeOffsets.monotonic.nanosecs int applied
+linux.timeOffsets.boottime.secs int applied
+linux.timeOffsets.boottime.nanosecs int applied
 linux.sysctl map applied
 linux.cgroupsPath string applied
 linux.devices[].path string applied
@@ -9650,7 +9661,8 @@ linux.seccomp.syscalls[].args[].valueTwo int applied
 linux.seccomp.syscalls[].args[].op string applied
 linux.intelRdt object refused
 linux.memoryPolicy object refused
-linux.personality object refused
+linux.personality.domain string applied
+linux.personality.flags [string] refused
 linux.resources.devices[].allow bool applied
 linux.resources.devices[].type string applied
 linux.resources.devices[].major int applied
@@ -9898,7 +9910,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
     user_namespace = user_namespace or "user" in spaces
     sysctls = plan_sysctls(linux.get("sysctl") or {}, spaces)
     hook_steps = [("sync",), ("hooks", "createContainer")] if config.get("hooks") else []
-    steps = plan_namespaces(spaces)
+    steps = plan_namespaces(spaces) + plan_time(linux, spaces)
     if "mount" in spaces and not spaces["mount"]:
         propagation = linux.get("rootfsPropagation") or "rslave"
         if propagation not in PROPAGATION:
@@ -9926,7 +9938,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
             if space not in spaces:
                 raise ConfigError("config.json: %s needs an own uts namespace" % name)
             steps.append((name, config[name]))
-    return plan_labels(process) + steps + [("cgroup",)] + plan_process(process, linux.get("seccomp"))
+    return plan_labels(process) + steps + [("cgroup",)] + plan_process(process, linux)
 
 
 def plan_namespaces(spaces):
@@ -10028,12 +10040,74 @@ def plan_rlimits(process):
     return list(found.values())
 
 
-def plan_process(process, seccomp=None):
+def plan_scheduling(process):
+    """How the process shares the processors and the disks: sched_setattr(2), ioprio_set(2)."""
+    steps = []
+    scheduler, priority = process.get("scheduler"), process.get("ioPriority")
+    if scheduler is not None:
+        if scheduler.get("policy") not in SCHEDULERS:
+            raise ConfigError("config.json: process.scheduler.policy: unknown policy %r" % scheduler.get("policy"))
+        flags = 0
+        for name in scheduler.get("flags") or ():
+            if name not in SCHEDULER_FLAGS:
+                raise ConfigError("config.json: process.scheduler.flags: unknown flag %r" % name)
+            flags |= SCHEDULER_FLAGS[name]
+        numbers = [scheduler.get(name) or 0 for name in ("nice", "priority", "runtime", "deadline", "period")]
+        if not (-20 <= numbers[0] <= 19 and 0 <= numbers[1] <= 99 and all(0 <= n <= MAX_U64 for n in numbers[2:])):
+            raise ConfigError("config.json: process.scheduler: a number is out of range")
+        steps.append(("scheduler", struct.pack("=IIQiIQQQ", 48, SCHEDULERS[scheduler["policy"]], flags, *numbers)))
+    if priority is not None:
+        if priority.get("class") not in IO_CLASSES or not 0 <= (priority.get("priority") or 0) < 8:
+            raise ConfigError("config.json: process.ioPriority: class %r, priority %r" % (priority.get("class"), priority.get("priority")))
+        steps.append(("io_priority", IO_CLASSES[priority["class"]] << 13 | (priority.get("priority") or 0)))
+    return steps
+
+
+def plan_affinity(process, which):
+    """The processors that an exec may use, before ("initial") and after ("final") it is in the cgroup."""
+    text = (process.get("execCPUAffinity") or {}).get(which)
+    if not text:
+        return []
+    processors = set()
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdigit() or dash and not last.isdigit() or int(last or first) > 65535:
+            raise ConfigError("config.json: process.execCPUAffinity.%s: %r is no list of processors" % (which, text))
+        processors.update(range(int(first), int(last or first) + 1))
+    return [("affinity", tuple(processors))]
+
+
+def plan_time(linux, spaces):
+    """The offsets of a new time namespace's clocks: time_namespaces(7)."""
+    offsets = linux.get("timeOffsets") or {}
+    if offsets and spaces.get("time") != "":
+        raise ConfigError("config.json: linux.timeOffsets need a new time namespace in linux.namespaces")
+    return [("time_offsets", "".join("%s %d %d\n" % (clock, item.get("secs") or 0, item.get("nanosecs") or 0)
+                                     for clock, item in sorted(offsets.items())))] if spaces.get("time") == "" else []
+
+
+def plan_personality(linux):
+    """The kernel's word for the processor: personality(2)."""
+    domain = (linux.get("personality") or {}).get("domain")
+    if domain not in (None, "LINUX", "LINUX32"):
+        raise ConfigError("config.json: linux.personality.domain: unknown domain %r" % domain)
+    return [("personality", 8 if domain == "LINUX32" else 0)] if domain else []
+
+
+SCHEDULERS = {"SCHED_OTHER": 0, "SCHED_FIFO": 1, "SCHED_RR": 2, "SCHED_BATCH": 3, "SCHED_ISO": 4, "SCHED_IDLE": 5, "SCHED_DEADLINE": 6}
+SCHEDULER_FLAGS = {"SCHED_FLAG_RESET_ON_FORK": 1, "SCHED_FLAG_RECLAIM": 2, "SCHED_FLAG_DL_OVERRUN": 4, "SCHED_FLAG_KEEP_POLICY": 8,
+                   "SCHED_FLAG_KEEP_PARAMS": 0x10, "SCHED_FLAG_UTIL_CLAMP_MIN": 0x20, "SCHED_FLAG_UTIL_CLAMP_MAX": 0x40}
+IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
+
+
+def plan_process(process, linux):
     """What the process gives up or takes on, in the one order that works: limits while we
-    are root, the bounding set before the identity, capabilities after it. A system call
+    are root, the bounding set before the identity, capabilities after it; the personality
+    when nobody asks for the processor's name any more. A system call
     filter comes last, so that it need not allow what we do; yet without no_new_privs it
     takes CAP_SYS_ADMIN, which is still there before the capabilities go: seccomp(2)."""
-    steps = plan_rlimits(process)
+    steps = plan_rlimits(process) + plan_scheduling(process)
+    seccomp = linux.get("seccomp")
     filters = [] if seccomp is None else [plan_seccomp(seccomp, os.uname().machine)]
     user = process.get("user") or {}
     identity = [user.get("uid") or 0, user.get("gid") or 0] + list(user.get("additionalGids") or ())
@@ -10050,7 +10124,7 @@ def plan_process(process, seccomp=None):
     steps.append(("capabilities",) + tuple(sets.get(name, 0) for name in ("effective", "permitted", "inheritable", "ambient")))
     if process.get("noNewPrivileges"):
         steps.append(("no_new_privs",))
-    steps += [("payload", process), ("labels",)]
+    steps += plan_personality(linux) + [("payload", process), ("labels",)]
     if process.get("noNewPrivileges"):
         steps += filters
     return steps
@@ -10968,6 +11042,9 @@ WASM_MODULE, WASM_COMPONENT = b"\0asm\1\0\0\0", b"\0asm\x0d\0\1\0"
 SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "armv7l": 311, "armv6l": 311, "i686": 288, "s390x": 280,
               "ppc64le": 271, "loongarch64": 219}
 KEYCTL_JOIN_SESSION_KEYRING = 1
+SCHEDULING_CALLS = {"x86_64": (314, 251), "aarch64": (274, 30), "riscv64": (274, 30), "armv7l": (380, 314), "armv6l": (380, 314),
+                    "i686": (351, 289)}             # sched_setattr, ioprio_set
+IOPRIO_WHO_PROCESS = 1
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_MOUNT_SETATTR = 428, 429, 442        # the same everywhere
 AT_EMPTY_PATH = 0x1000
 AT_FDCWD, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = -100, 0x8000, 1, 4, 0x40
@@ -11430,6 +11507,37 @@ def to_limit(value):
     return -1 if value >= MAX_U64 >> 1 else value
 
 
+def scheduling_call(name):
+    """The number of a system call that the C library has no function for."""
+    calls = SCHEDULING_CALLS.get(os.uname().machine)
+    if calls is None:
+        raise OSError(errno.ENOSYS, "%s is unknown on %s" % (name, os.uname().machine))
+    return calls[name == "ioprio_set"]
+
+
+def do_scheduler(setup, attributes):
+    libc.syscall(scheduling_call("sched_setattr"), 0, attributes, 0)
+
+
+def do_io_priority(setup, value):
+    libc.syscall(scheduling_call("ioprio_set"), IOPRIO_WHO_PROCESS, 0, value)
+
+
+def do_affinity(setup, processors):
+    os.sched_setaffinity(0, processors)
+
+
+def do_personality(setup, value):
+    libc.personality(value)
+
+
+def do_time_offsets(setup, text):
+    """unshare(2) makes a time namespace for children only; its clocks are set before anybody enters."""
+    if text:
+        write_text("/proc/self/timens_offsets", text)
+    do_join(None, "/proc/self/ns/time_for_children", CLONE_NEWTIME)
+
+
 def do_session_keyring(setup, uid, gid):
     """A session keyring of the process's own: the one it has is the shim's, and so any container's
     of the pod: session-keyring(7). It belongs to the real user who joins it."""
@@ -11563,7 +11671,7 @@ def do_seccomp(setup, call, flags, program):
 
 
 OPERATIONS = {function.__name__[3:]: function for function in (
-    do_join, do_unshare, do_cgroup, do_loopback_up, do_prepare_root, do_mount, do_attributes, do_mount_cgroup, do_device, do_symlink, do_terminal,
+    do_join, do_unshare, do_time_offsets, do_scheduler, do_io_priority, do_affinity, do_personality, do_cgroup, do_loopback_up, do_prepare_root, do_mount, do_attributes, do_mount_cgroup, do_device, do_symlink, do_terminal,
     do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_propagation, do_chroot, do_hostname,
     do_domainname, do_rlimit, do_session_keyring, do_bounding, do_make_cwd, do_identity, do_cwd, do_capabilities,
     do_no_new_privs, do_open_labels, do_payload, do_labels, do_seccomp)}
@@ -12605,7 +12713,7 @@ class TaskService:
 
     def start_exec(self, container, process):
         """Forks a process into the container: its namespaces by way of init's."""
-        last = plan_process(process.spec, (container.config.get("linux") or {}).get("seccomp"))
+        last = plan_process(process.spec, container.config.get("linux") or {})
         yield from self.open_streams(container, process, process.spec)
         fds = {}
         try:
@@ -12619,7 +12727,8 @@ class TaskService:
                 steps.append(("join", spaces["mount"], CLONE_NEWNS))
             if process.io.console >= 0:
                 steps.append(("terminal", (process.spec.get("user") or {}).get("uid") or 0, False))
-            self.fork(container, process, process.spec, plan_labels(process.spec) + steps + [("cgroup",)] + last, spaces, fds.values())
+            steps = plan_labels(process.spec) + plan_affinity(process.spec, "initial") + steps + [("cgroup",)]
+            self.fork(container, process, process.spec, steps + plan_affinity(process.spec, "final") + last, spaces, fds.values())
         finally:
             for fd in fds.values():
                 os.close(fd)

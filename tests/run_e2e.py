@@ -1273,8 +1273,6 @@ spec("process.oomScoreAdj", setting("process.oomScoreAdj", 500), "cat /proc/self
 spec("process.scheduler", setting("process.scheduler", {"policy": "SCHED_BATCH", "nice": 5}), "cut -d' ' -f19,41 /proc/self/stat", "5 3\n")
 spec("process.ioPriority", setting("process.ioPriority", {"class": "IOPRIO_CLASS_BE", "priority": 6}),
      "ionice -p $$", "best-effort: prio 6\n")
-spec("process.execCPUAffinity", setting("process.execCPUAffinity", {"initial": "0", "final": "0"}),
-     "grep Cpus_allowed_list /proc/self/status", "Cpus_allowed_list:\t0\n")
 spec("process.cwd is made where absent", setting("process.cwd", "/new/folder"), "pwd", "/new/folder\n")
 spec("process.cwd is made where absent, for a user",
      both(setting("process.cwd", "/new/folder"), setting("process.user", {"uid": 5, "gid": 5})),

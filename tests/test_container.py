@@ -123,7 +123,7 @@ def test_a_closed_stream_is_not_written_to_by_its_old_number(tmp_path):
 
 
 def test_root_sees_to_the_working_directory_before_it_is_the_user():
-    names = [step[0] for step in chibishim.plan_process({"cwd": "/new", "user": {"uid": 5}})]
+    names = [step[0] for step in chibishim.plan_process({"cwd": "/new", "user": {"uid": 5}}, {})]
     assert names.index("make_cwd") < names.index("identity") < names.index("cwd")
 
 
@@ -233,3 +233,37 @@ def test_bind_mounts_need_no_new_kernel(tmp_path, monkeypatch, kernel):
             os._exit(2)
     assert os.waitpid(pid, 0)[1] == 0
     assert os.listdir(tmp_path / "to") == []
+
+
+@pytest.mark.parametrize("field, value", [
+    ("scheduler", {"policy": "SCHED_OFTEN"}), ("scheduler", {"policy": "SCHED_OTHER", "nice": 20}),
+    ("scheduler", {"policy": "SCHED_FIFO", "flags": ["SCHED_FLAG_NONE"]}), ("ioPriority", {"class": "IOPRIO_CLASS_BE", "priority": 8}),
+    ("ioPriority", {"class": "BE"})])
+def test_scheduling_that_does_not_exist_is_refused(field, value):
+    with pytest.raises(chibishim.ConfigError, match="process." + field):
+        chibishim.plan_scheduling({field: value})
+
+
+@pytest.mark.parametrize("text, processors", [("0", (0,)), ("0-2,5", (0, 1, 2, 5)), (" 1 , 3 ", (1, 3))])
+def test_processors_of_an_exec_are_a_list(text, processors):
+    assert chibishim.plan_affinity({"execCPUAffinity": {"final": text}}, "final") == [("affinity", processors)]
+    assert chibishim.plan_affinity({"execCPUAffinity": {"final": text}}, "initial") == []
+
+
+@pytest.mark.parametrize("text", ["x", "1-", "-1", "0,,1", "0-99999"])
+def test_a_list_of_processors_that_is_none_is_refused(text):
+    with pytest.raises(chibishim.ConfigError, match="execCPUAffinity"):
+        chibishim.plan_affinity({"execCPUAffinity": {"initial": text}}, "initial")
+
+
+def test_clocks_are_set_in_a_new_time_namespace_only():
+    offsets = {"boottime": {"secs": 5}, "monotonic": {"secs": -1, "nanosecs": 7}}
+    assert ("time_offsets", "boottime 5 0\nmonotonic -1 7\n") in plan_of(timeOffsets=offsets, namespaces=namespaces_of({"type": "time"}))
+    with pytest.raises(chibishim.ConfigError, match="timeOffsets"):
+        plan_of(timeOffsets=offsets)
+
+
+def test_a_processor_of_another_name_is_linux32_or_nothing():
+    assert ("personality", 8) in plan_of(personality={"domain": "LINUX32"})
+    with pytest.raises(chibishim.ConfigError, match="personality"):
+        plan_of(personality={"domain": "BSD"})

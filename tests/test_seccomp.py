@@ -277,8 +277,8 @@ def test_an_error_names_the_field(change, field):
 
 def test_an_empty_profile_is_an_error_and_none_is_none():
     with pytest.raises(ConfigError, match="linux.seccomp.defaultAction"):
-        plan_process({"args": ["x"]}, {})
-    assert "seccomp" not in [step[0] for step in plan_process({"args": ["x"]})]
+        plan_process({"args": ["x"]}, {"seccomp": {}})
+    assert "seccomp" not in [step[0] for step in plan_process({"args": ["x"]}, {})]
 
 
 def test_an_unknown_machine_and_a_program_too_long():
@@ -320,7 +320,7 @@ MOST = " ".join(name for name in syscall_numbers(chibishim.MACHINES.get(MACHINE,
 
 def install(profile, no_new_privs=True):
     """Does in this process what a container's child does."""
-    steps = plan_process({"args": ["/bin/true"], "noNewPrivileges": no_new_privs}, profile)
+    steps = plan_process({"args": ["/bin/true"], "noNewPrivileges": no_new_privs}, {"seccomp": profile})
     steps = [step for step in steps if step[0] in ("no_new_privs", "seccomp", "bounding", "capabilities")]
     assert [step[0] for step in steps] == (["bounding", "capabilities", "no_new_privs", "seccomp"] if no_new_privs else
                                            ["seccomp", "bounding", "capabilities"])
