@@ -4954,6 +4954,60 @@ class X64(Assembler):
         self.code += (value & MAX_U32).to_bytes(4, "little")[:min(bits, 32) // 8]
         return True
 
+    def copy_bytes(self, to, source, count, bytes, slow):
+        """memory.copy of what lies inside and does not overlap in the wrong direction; all else
+        jumps to `slow`."""
+        out, done = self.label(), self.label()
+        self.gather((self.RDI, to), (self.RSI, source), (self.RCX, count))
+        self.leave_if_outside(self.RSI, bytes, out)
+        self.leave_if_outside(self.RDI, bytes, out)
+        self.move(self.RAX, self.RDI)
+        self.alu("sub", 1, self.RAX, self.RAX, self.RSI)
+        self.compare(1, self.RAX, self.RCX)
+        self.jump_if(2, out)
+        self.alu("add", 1, self.RSI, self.RSI, self.MEMORY)
+        self.alu("add", 1, self.RDI, self.RDI, self.MEMORY)
+        self.code += b"\xf3\xa4"        # rep movsb
+        self.jump(done)
+        self.bind(out)
+        self.restore_strings()
+        self.jump(slow)
+        self.bind(done)
+        self.restore_strings()
+
+    def fill_bytes(self, to, value, count, bytes, slow):
+        """memory.fill of what lies inside; all else jumps to `slow`."""
+        out, done = self.label(), self.label()
+        self.gather((self.RDI, to), (self.RDX, value), (self.RCX, count))
+        self.leave_if_outside(self.RDI, bytes, out)
+        self.move(self.RAX, self.RDX)
+        self.alu("add", 1, self.RDI, self.RDI, self.MEMORY)
+        self.code += b"\xf3\xaa"        # rep stosb
+        self.jump(done)
+        self.bind(out)
+        self.restore_strings()
+        self.jump(slow)
+        self.bind(done)
+        self.restore_strings()
+
+    def gather(self, *pairs):
+        """Moves operands to the registers of string instructions at once, by the stack, which keeps
+        RSI and RDI."""
+        self.push(self.RSI)
+        self.push(self.RDI)
+        for _, register in pairs:
+            self.push(register)
+        for register, _ in reversed(pairs):
+            self.code.append(0x58 | register)
+
+    def restore_strings(self):
+        self.code += bytes((0x58 | self.RDI, 0x58 | self.RSI))
+
+    def leave_if_outside(self, start, bytes, out):
+        self.indirect(0x8D, 1, self.RAX, start, 0, self.RCX)
+        self.indirect(0x3B, 1, self.RAX, self.CONTEXT, bytes)
+        self.jump_if(7, out)
+
     # -- floats --
 
     def float_alu(self, op, wide, d, a, b):
@@ -6911,6 +6965,23 @@ class Compiler:
         self.asm.shift_immediate("shr_u", 1, register, register, 16)
         self.put(d, register)
 
+    def memory_copy(self, step, reads, write):
+        _, _, (target, source), b, _ = step
+        self.move_bytes(step, reads, target is source is self.memory, b, "copy_bytes")
+
+    def memory_fill(self, step, reads, write):
+        _, _, memory, b, _ = step
+        self.move_bytes(step, reads, memory is self.memory, b, "fill_bytes")
+
+    def move_bytes(self, step, reads, is_ours, slots, method):
+        """What programs do all the time, where the processor has an instruction for it."""
+        asm = self.asm
+        if not is_ours or self.memory.address != I32 or not hasattr(asm, method):
+            return self.rare(step, reads, None)
+        slow, back = self.slow_path(step, reads, None)
+        getattr(asm, method)(*[self.use(slot, place) for place, slot in enumerate(slots)], MEMORY_BYTES, slow)
+        asm.bind(back)
+
     def table_callee(self, step, reads, write):
         """The index of a function, by the table's mirror of (type, index) pairs; what is not in
         it (null, another type, another instance's function) the handler decides."""
@@ -7068,7 +7139,8 @@ TERMINATORS = {BR: Compiler.br, BR_IF: Compiler.br_if, BR_TABLE: Compiler.br_tab
 STEP_EMITTERS = {
     do_count: Compiler.count, do_unreachable: Compiler.unreachable, do_move: Compiler.move, do_select: Compiler.select,
     do_global_get: Compiler.global_get, do_global_set: Compiler.global_set, do_ref_is_null: Compiler.ref_is_null,
-    do_memory_size: Compiler.memory_size, do_table_callee: Compiler.table_callee, do_shuffle: Compiler.shuffle}
+    do_memory_size: Compiler.memory_size, do_table_callee: Compiler.table_callee, do_shuffle: Compiler.shuffle,
+    do_memory_copy: Compiler.memory_copy, do_memory_fill: Compiler.memory_fill}
 
 
 def bind_emitter(method, *arguments):
