@@ -7745,7 +7745,7 @@ class Tier:
         """A function has executed as much as its counter says."""
         if Tier.machine is None and self.mode == "auto" and self.credit > 0:
             self.credit -= COMPILE_START
-            counter[0] = COMPILE_START
+            counter[0] = COMPILE_START // (VECTOR_COST if V128 in counter[2] else 1)
             return
         counter[0] = 1 << 60            # compiled or not, never again
         _, function, locals, _ = counter
