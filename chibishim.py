@@ -5386,7 +5386,6 @@ class A64(Assembler):
     CALLEE_SAVED, CALLER_SAVED = tuple(range(19, 27)), tuple(range(1, 15))
     FLOAT_CALLEE_SAVED, FLOAT_CALLER_SAVED = tuple(range(8, 16)), tuple(range(16, 32)) + tuple(range(3, 8))
     ZERO = 31                           # where it is not the stack pointer
-    WIDE = 1 << 31
     ALU = {"add": 0x0B000000, "sub": 0x4B000000, "and": 0x0A000000, "or": 0x2A000000, "xor": 0x4A000000}
     LOGICAL = {"and": 0x12000000, "or": 0x32000000, "xor": 0x52000000}
     SHIFTS = {"shl": 0x1AC02000, "shr_u": 0x1AC02400, "shr_s": 0x1AC02800, "rotr": 0x1AC02C00}
@@ -6177,7 +6176,7 @@ class Compiler:
     def find_effects(self):
         """What the steps of each block are to be compiled by; which variables a block uses and
         defines, as bit masks; and how heavy each variable's uses and definitions are."""
-        function, memory, kinds = self.function, self.memory, KINDS
+        function, kinds = self.function, KINDS
         count = 4 * (len(function.type.params) + len(function.template))
         if count * len(self.blocks) > MAX_MASK_BITS:
             raise Unsupported("%d blocks with %d variables" % (len(self.blocks), count))
@@ -6480,7 +6479,6 @@ class Compiler:
         for index, (block, steps) in enumerate(zip(self.blocks, self.steps)):
             asm.bind(self.block_labels[index])
             self.index, self.pending = index, None
-            self.fusible = None
             last = len(steps) - 1
             for position, (emitter, step, reads, write) in enumerate(steps):
                 self.at = step[4]
@@ -7310,7 +7308,7 @@ class Machine:
         asm.finish()
         start = self.place(asm.code)
         self.enter = self.function_type(start)
-        self.entry_end, self.trap_address, self.helper_address = start + exit, start + trap, start + helper
+        self.trap_address, self.helper_address = start + trap, start + helper
 
     def hear_signals(self):
         """Makes code that is compiled from now on stop for signals. The C handler of Python writes
@@ -10670,7 +10668,6 @@ class Filter:
 # version 2), or one in each hierarchy of version 1, or both on a hybrid system.
 # Limits are written before any process enters, so they hold before guest code runs.
 
-CGROUP_FS = ("cgroup", "cgroup2")
 # field of linux.resources -> (controller, file of version 1, file of version 2)
 LIMITS = {
     "memory.limit": ("memory", "memory.limit_in_bytes", "memory.max"),
@@ -11110,7 +11107,7 @@ def buffer_address(memory, _ctypes):
 # shim answers R, and tells that Start has come, with the child's pid as it numbers it.
 
 WASM_MAGIC = b"\0asm"
-WASM_MODULE, WASM_COMPONENT = b"\0asm\1\0\0\0", b"\0asm\x0d\0\1\0"
+WASM_COMPONENT = b"\0asm\x0d\0\1\0"
 SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "armv7l": 311, "armv6l": 311, "i686": 288, "s390x": 280,
               "ppc64le": 271, "loongarch64": 219}
 KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -13278,7 +13275,7 @@ def detach(flags, listener, path):
         try:
             parent = int(read_text("/proc/%d/oom_score_adj" % os.getppid(), "0"))
             write_text("/proc/%d/oom_score_adj" % pid, str(min(parent + 1, 1000)))
-        except OSError as error:
+        except OSError:
             pass                        # a word here would be taken for the address
         return
     code = 1
@@ -13728,12 +13725,10 @@ def map_file(path):
             return file.read(MAX_MODULE_BYTES + 1)  # empty, or not mappable
 
 
-COMPONENT_MAGIC = b"\0asm\x0d\0\1\0"
-
 # What people have in place of a module, by its first bytes, and what helps.
 NO_MODULES = (
     (b"", "is empty; build it again"),
-    (COMPONENT_MAGIC, "is a component, and only core modules run here; build it for wasm32-wasip1"),
+    (WASM_COMPONENT, "is a component, and only core modules run here; build it for wasm32-wasip1"),
     (b"\x7fELF", "is a native program (ELF), no WebAssembly; build it for wasm32-wasip1"),
     (b"#!", "is a script, no WebAssembly; run its interpreter's module with it as an argument"),
     (b"!<arch>", "is a static library; link it to a module first"),
@@ -13753,7 +13748,7 @@ def read_module(path):
     if kind in NO_FILES:
         raise OSError(errno.EINVAL, NO_FILES[kind], path)
     data = map_file(path)
-    if data[:4] == WASM_MAGIC and data[:8] != COMPONENT_MAGIC:
+    if data[:4] == WASM_MAGIC and data[:8] != WASM_COMPONENT:
         return data
     start = data[:4096].lstrip()
     text = next((text for magic, text in NO_MODULES if start.startswith(magic) and (magic or not data[:1])),

@@ -24,7 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import chibishim  # noqa: E402
-from chibishim import (EXTERNREF, F32, F64, FUNCREF, I32, I64, Exhaustion, FunctionType, Global, GlobalType,  # noqa: E402
+from chibishim import (F32, F64, FUNCREF, I32, I64, Exhaustion, FunctionType, Global, GlobalType,  # noqa: E402
                        HostFunction, Instance, Invalid, Malformed, Memory, Module, Table, Trap, Unlinkable, execute_any)
 
 chibishim.Tier.hears_signals = True     # or no alarm would end an endless loop of native code

@@ -4,8 +4,6 @@ import ast
 import os
 import re
 
-import pytest
-
 from conftest import ROOT
 
 with open(os.path.join(ROOT, "chibishim.py"), encoding="utf-8") as file:

@@ -4,7 +4,6 @@ import errno
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import stat
