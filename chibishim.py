@@ -5987,6 +5987,12 @@ def logical_immediate(value, bits):
 # whole backtrace. The guest has a stack of its own, and a function that would cross its
 # end traps; code of Python always runs on the stack of the C library.
 #
+# Exceptions. A guest's exception leaves native code like a trap; then the frames are searched
+# for a catch clause, by the return address of each. Where there is one, native code is
+# entered again at its landing with the stack as it was there. What is alive at a landing is
+# in homes, and a function that catches saves all callee-saved registers: it restores for its
+# caller what those that the exception went through would have restored.
+#
 # Code lies in a memfd that is mapped twice, to be written and to be executed. (The page by
 # which C calls Python is ctypes' own; some builds of libffi have it writable as well.)
 
@@ -6007,6 +6013,7 @@ FIRST_COMPILE = 60000               # the tier itself takes some milliseconds to
 CONTEXT_TABLES = MEMORY_LIMITS + 8 * SMALL_ENDS
 HELPER_BYTES = 160                  # at most, of the helper stub below the return address
 MAX_MASK_BITS = 1 << 28             # of a liveness mask for each block
+MAX_CLAUSES = 100                   # around a call
 FIRST_HANDLE, SWEEP = 0x7265660000000001, 1000     # numbers of references that no other value resembles
 SITES = 1 << 24                     # numbers of helper calls that are no function's index
 TRAP_TEXTS = ("", "unreachable", "integer divide by zero", "integer overflow", "out of bounds memory access",
@@ -6084,6 +6091,17 @@ EFFECTS = {
 CALLEE = (FUNC, None)               # the type of what do_table_callee finds
 
 
+def clauses_of(block):
+    """The catch clauses for what the end of a block throws, the nearest first."""
+    clauses, handlers = [], block[4][2] if block[1] in (CALL, CALL_REF, THROW) else None
+    while handlers is not None:
+        nearest, handlers = handlers
+        clauses += nearest
+        if len(clauses) > MAX_CLAUSES:
+            raise Unsupported("%d handlers" % len(clauses))
+    return clauses
+
+
 def three(slots, to, source):
     """The operands of a copy."""
     return (slots[0], to), (slots[1], source), (slots[2], smaller(to, source))
@@ -6105,6 +6123,8 @@ class Compiler:
         self.traps = []                 # (label, text, at): one place for each access, behind the code
         self.cold = []                  # (label, continue label, step, reads, write, live) …
         self.loops = {}                 # id of a loop's head -> (head, offset in the code, [(slot, type, home)])
+        self.clauses = {}               # return address in the code -> [(tag, exnref wanted, block, [(home, type)])]
+        self.landings = {}              # number of a block -> offset in the code
         self.scratch = asm.SCRATCH
         self.pending = None             # the condition of a comparison that is in the flags
         self.pool = {}                  # bytes -> label of a constant behind the code
@@ -6140,10 +6160,11 @@ class Compiler:
         order.reverse()
         self.blocks = order
         self.number = {id(block): index for index, block in enumerate(order)}
-        self.successors = [[self.number[id(t)] for t in self.targets(block)] for block in order]
+        self.successors = [[self.number[id(t)] for t in self.successors_of(block)] for block in order]
         ends = {}                       # loop's head -> its last block
-        for index, successors in enumerate(self.successors):
-            for target in successors:
+        for index, block in enumerate(order):
+            for target in self.targets(block):
+                target = self.number[id(target)]
                 if target <= index:
                     ends[target] = index
         depth = [0] * (len(order) + 1)
@@ -6156,7 +6177,7 @@ class Compiler:
             self.weights.append(8 ** min(total, 7))
 
     @staticmethod
-    def targets(block):
+    def successors_of(block):
         """The blocks that a block leads to, the one to follow it last."""
         _, kind, x, y, z = block
         if kind == BR:
@@ -6164,14 +6185,15 @@ class Compiler:
         if kind == BR_IF:
             return x, z
         if kind in (CALL, CALL_REF):
-            if z[2]:
-                raise Unsupported("handlers")
             return (z[0],)
         if kind == BR_TABLE:
             return tuple({id(b): b for b in x}.values())[::-1]
-        if kind in (RETURN, TAIL_CALL):
-            return ()
-        raise Unsupported("exceptions")
+        return ()
+
+    @classmethod
+    def targets(cls, block):
+        """Those, and before them the ones where exceptions lead to."""
+        return (*[target for _, _, target, _ in clauses_of(block)], *cls.successors_of(block))
 
     def find_effects(self):
         """What the steps of each block are to be compiled by; which variables a block uses and
@@ -6182,6 +6204,7 @@ class Compiler:
             raise Unsupported("%d blocks with %d variables" % (len(self.blocks), count))
         self.weight, self.defined = weight, defined = [0] * count, [0] * count
         self.steps, self.ends, self.uses, self.defines = [], [], [], []
+        self.catches = []                               # of each block: see clause()
         self.calls, self.interruptions = [0], [0]       # sums of the weights of calls at blocks' ends, and within blocks
         self.out_bytes = 16                             # for the arguments and results of calls
         for index, block in enumerate(self.blocks):
@@ -6221,6 +6244,7 @@ class Compiler:
                 weight[key] += unit
                 defined[key] += unit
                 written |= 1 << key
+            self.catches.append([self.clause(*clause) for clause in clauses_of(block)])
             self.steps.append(steps)
             self.ends.append(written)
             self.uses.append(use)
@@ -6280,7 +6304,15 @@ class Compiler:
             if x < 0 and id(self.constants[-1 - x]) not in self.context.indices:
                 raise Unsupported("return_call_ref")
             return tuple(zip(y, type.params)) + (self.check_callee(x, steps) if x >= 0 else ()), ()
+        if kind == THROW:
+            return tuple(zip(y, x.type.params if x else (EXNREF,))), ()
         return (), ()
+
+    def clause(self, tag, wants_reference, block, d):
+        """A catch clause as (tag, whether it wants the exnref, the number of its block, [(slot, type)]
+        of the values there)."""
+        types = (tag.type.params if tag else ()) + (EXNREF,) * wants_reference
+        return tag, wants_reference, self.number[id(block)], [(d + index, type) for index, type in enumerate(types)]
 
     @staticmethod
     def check_callee(slot, steps):
@@ -6301,6 +6333,7 @@ class Compiler:
         count, successors = len(self.blocks), self.successors
         defines = [define | written for define, written in zip(self.defines, self.ends)]
         self.live_in, self.live_out = live_in, live_out = list(self.uses), [0] * count
+        self.landing = landing = [0] * count            # what is alive where an exception of the block's end lands
         changed = True
         while changed:
             changed = False
@@ -6308,14 +6341,27 @@ class Compiler:
                 out = 0
                 for target in successors[index]:
                     out |= live_in[target]
-                if out != live_out[index]:
-                    live_out[index] = out
-                    now = self.uses[index] | out & ~defines[index]
-                    if now != live_in[index]:
-                        live_in[index] = now
-                        changed = True
+                now = self.uses[index] | out & ~defines[index]
+                if self.catches[index]:
+                    landing[index] = caught = self.find_landing(index)
+                    now |= caught & ~self.defines[index]
+                live_out[index] = out
+                if now != live_in[index]:
+                    live_in[index] = now
+                    changed = True
         # What a call writes is there from the next block on.
-        self.touched = [i | o & ~written | d for i, o, written, d in zip(live_in, live_out, self.ends, self.defines)]
+        self.touched = [i | o & ~written | d | l
+                        for i, o, written, d, l in zip(live_in, live_out, self.ends, self.defines, landing)]
+
+    def find_landing(self, index):
+        """The variables that are alive where the clauses of a block lead, but for their own values."""
+        alive = 0
+        for _, _, target, values in self.catches[index]:
+            caught = self.live_in[target]
+            for value in values:
+                caught &= ~(1 << variable(*value))
+            alive |= caught
+        return alive
 
     def find_intervals(self):
         """{variable: [first block, last block where it is alive]}"""
@@ -6337,6 +6383,9 @@ class Compiler:
         asm, weight, defined = self.asm, self.weight, self.defined
         intervals, calls, interruptions = self.find_intervals(), self.calls, self.interruptions
         self.place = {}                 # variable -> register
+        landing = 0
+        for mask in self.landing:
+            landing |= mask
         taken = ({}, {})                # register -> the blocks where it is
         self.volatile, self.through = 0, set()
         for key in sorted(intervals, key=weight.__getitem__, reverse=True):
@@ -6357,13 +6406,15 @@ class Compiler:
                 self.place[key] = register
                 if register in unsaved:
                     self.volatile |= 1 << key
-                    # A variable that is defined less often than calls interrupt it goes to its home
-                    # at each definition, and need not be stored at the calls.
-                    if defined[key] <= crossed:
-                        self.through.add(key)
+                # A variable that is defined less often than calls interrupt it goes to its home
+                # at each definition, and need not be stored at the calls.
+                if (register in unsaved or landing >> key & 1) and defined[key] <= crossed:
+                    self.through.add(key)
                 break
-        self.saved = [r for r in asm.CALLEE_SAVED if r in taken[0]]
-        self.float_saved = [r for r in asm.FLOAT_CALLEE_SAVED if r in taken[1]]
+        # Who catches an exception must restore what the functions that it went through had saved.
+        catches = any(self.catches)
+        self.saved = [r for r in asm.CALLEE_SAVED if catches or r in taken[0]]
+        self.float_saved = [r for r in asm.FLOAT_CALLEE_SAVED if catches or r in taken[1]]
         self.assign_homes(intervals)
 
     def assign_homes(self, variables):
@@ -6488,6 +6539,7 @@ class Compiler:
             TERMINATORS[block[1]](self, block)
         self.emit_cold()
         self.emit_loop_entries()
+        self.emit_landings()
         self.emit_traps()
         for data, label in self.pool.items():
             asm.code += bytes(-len(asm.code) % 16)
@@ -6567,6 +6619,13 @@ class Compiler:
                 self.reload(alive)
                 self.asm.jump(self.block_labels[index])
 
+    def emit_landings(self):
+        """Where exceptions land: the values are in their homes."""
+        for number in sorted({target for clauses in self.catches for _, _, target, _ in clauses}):
+            self.landings[number] = len(self.asm.code)
+            self.reload(self.live_in[number])
+            self.asm.jump(self.block_labels[number])
+
     def describe(self, alive, stack_types):
         """[(slot, type, home relative to the frame)] of the variables that are alive."""
         types = list(self.local_types) + list(stack_types)
@@ -6593,6 +6652,13 @@ class Compiler:
         """What precedes is a call, made by the instruction at this offset."""
         self.sites += pack_site(len(self.asm.code), at)
 
+    def note_clauses(self):
+        """What precedes is a call; notes where the exceptions that come out of it land."""
+        if self.catches[self.index]:
+            self.clauses[len(self.asm.code)] = [
+                (tag, wants_reference, number, [(self.homes.get(variable(*value)), value[1]) for value in values])
+                for tag, wants_reference, number, values in self.catches[self.index]]
+
     def trap(self, condition, text):
         """Traps if the condition holds."""
         label = self.asm.label()
@@ -6605,10 +6671,14 @@ class Compiler:
         self.call_handler(step, reads, write)
 
     def call_handler(self, step, reads, write):
-        """Calls the interpreter's handler of this step with the operands from their homes."""
-        asm = self.asm
+        """Calls the interpreter's handler of this step, between other steps."""
         alive = self.touched[self.index] & self.volatile
-        operands = 0
+        self.call_helper(step, reads, write, alive)
+        self.reload(alive | (1 << variable(*write) if write else 0))
+
+    def call_helper(self, step, reads, write, alive):
+        """Calls back with a step whose operands are in their homes, as is what else is alive."""
+        asm, operands = self.asm, 0
         for slot, type in reads:
             if slot >= 0:
                 operands |= 1 << variable(slot, type)
@@ -6619,7 +6689,6 @@ class Compiler:
         asm.immediate(self.scratch[0], self.context.add_site(step, places, constants, result))
         asm.call_context(HELPER)
         self.note_site(self.at)
-        self.reload(alive | (1 << variable(*write) if write else 0))
 
     def slow_path(self, step, reads, write):
         """A label to jump to where the interpreter's handler must decide, and the one where it
@@ -7071,7 +7140,7 @@ class Compiler:
         _, kind, x, y, z = block
         asm, (following, d, _, at, type) = self.asm, z
         across = self.live_out[self.index] & ~self.ends[self.index] & self.volatile
-        self.spill(across)
+        self.spill(across | self.landing[self.index])
         for slot, t, offset in zip(y, type.params, Layout(type).params):
             self.store_value(slot, t, offset)
         if kind == CALL:
@@ -7082,6 +7151,7 @@ class Compiler:
             asm.move(scratch, register)
             asm.call_context(self.context.functions_offset, scratch)
         self.note_site(at)
+        self.note_clauses()
         self.take_results(type, d)
         self.reload(across)
         self.go(following)
@@ -7104,6 +7174,12 @@ class Compiler:
             asm.store(scratch, asm.FRAME, above + offset)
         self.epilogue()
         asm.jump_context(context.functions_offset, index)
+
+    def throw(self, block):
+        _, _, tag, slots, (_, _, _, self.at) = block
+        step = do_throw, None, tag, slots, self.at
+        self.call_helper(step, self.end_effects(block, ())[0], None, self.landing[self.index])
+        self.note_clauses()
 
     def take_results(self, type, d):
         asm, results, offsets = self.asm, type.results, Layout(type).results
@@ -7133,7 +7209,8 @@ SWAPPED = {"eq": "eq", "ne": "ne", "lt_s": "gt_s", "lt_u": "gt_u", "gt_s": "lt_s
            "le_s": "ge_s", "le_u": "ge_u", "ge_s": "le_s", "ge_u": "le_u"}
 pack_site = struct.Struct("<II").pack
 TERMINATORS = {BR: Compiler.br, BR_IF: Compiler.br_if, BR_TABLE: Compiler.br_table, RETURN: Compiler.return_,
-               CALL: Compiler.call, CALL_REF: Compiler.call, TAIL_CALL: Compiler.tail_call}
+               CALL: Compiler.call, CALL_REF: Compiler.call, TAIL_CALL: Compiler.tail_call,
+               THROW: Compiler.throw}
 STEP_EMITTERS = {
     do_count: Compiler.count, do_unreachable: Compiler.unreachable, do_move: Compiler.move, do_select: Compiler.select,
     do_global_get: Compiler.global_get, do_global_set: Compiler.global_set, do_ref_is_null: Compiler.ref_is_null,
@@ -7210,6 +7287,10 @@ class Layout:
             places.append(offset)
             offset += 16 if value == V128 else 8
         self.params, self.results, self.size = places[:len(type.params)], places[len(type.params):] or [0], offset + 15 & -16 or 16
+
+
+def do_throw(R, d, a, b):
+    throw(a, [R[slot] for slot in b])
 
 
 def do_nothing(R, d, a, b):
@@ -7376,12 +7457,13 @@ def assembler_here():
 class NativeCode:
     """A compiled function: where it is, and how to read its frames."""
 
-    __slots__ = ("function", "context", "start", "end", "frame", "sites", "layout")
+    __slots__ = ("function", "context", "start", "end", "frame", "sites", "layout", "clauses", "landings")
 
     def __init__(self, function, context, start, compiler):
         self.function, self.context, self.start = function, context, start
         self.end, self.frame, self.sites = start + len(compiler.asm.code), compiler.frame, bytes(compiler.sites)
         self.layout = Layout(function.type)
+        self.clauses, self.landings = compiler.clauses, compiler.landings
 
     def offset_at(self, address):
         """The offset in the function's body of the call that returns to `address`."""
@@ -7410,6 +7492,7 @@ class Context:
         self.view = memoryview(self.mapping)
         self.address = machine.address_of(self.mapping)
         self.sites, self.codes = [], []             # of helper calls; NativeCode
+        self.returns = {}               # return address -> NativeCode
         self.mirrors = {}
         self.references, self.handles = {}, {}      # number -> reference, id of a reference -> number
         self.next_handle, self.sweep_at = FIRST_HANDLE, SWEEP
@@ -7488,10 +7571,10 @@ class Context:
         try:
             try:
                 status = machine.enter(self.address, address, base)
+                while status or machine.lost:
+                    status = machine.enter(self.address, *self.land(self.failure(status), base))
             except machine.ctypes.ArgumentError:        # what becomes of a RecursionError
                 raise Exhaustion("call stack exhausted") from None
-            if status or machine.lost:
-                self.fail(status, base)
             return self.results(code, start)
         finally:
             stack.top = saved
@@ -7550,38 +7633,63 @@ class Context:
         self.handles = {id(value): handle for handle, value in self.references.items()}
         self.sweep_at = 2 * len(self.references) + SWEEP
 
-    def fail(self, status, base):
-        """Raises what native code stopped with, the frames that it left added to its backtrace."""
+    def failure(self, status):
+        """What native code stopped with, an exception."""
         if status in (0, PENDING):
             error, self.pending, self.machine.lost = self.pending or self.machine.lost, None, None
-        else:
-            error = (Exhaustion if status == STACK_EXHAUSTED else Trap)(TRAP_TEXTS[status])
+            return error
+        return (Exhaustion if status == STACK_EXHAUSTED else Trap)(TRAP_TEXTS[status])
+
+    def land(self, error, base):
+        """The (address, stack) where native code goes on that was left with an exception of the
+        guest, which one of the frames below an entry catches; raises all others, the frames added
+        to their backtraces. The frames are all there still, and the one that catches has saved
+        the registers of those around it."""
+        if error.__class__ is Thrown:
+            for code, address, frame in self.frames(base):
+                for tag, wants_reference, number, places in code.clauses.get(address - code.start, ()):
+                    if tag is None or tag is error.tag:
+                        values = (error.values if tag else ()) + (error,) * wants_reference
+                        error.__traceback__, error.backtrace = None, ()
+                        for value, (home, type) in zip(values, places):
+                            if home is not None:
+                                self.write_value(frame - self.stack.start + home, type, value)
+                        return code.start + code.landings[number], frame + self.machine.assembler.RETURN_BYTES
         if hasattr(error, "backtrace"):
-            error.backtrace += tuple(self.frames(base))
+            error.backtrace += tuple(self.backtrace(base))
         raise error
 
+    def backtrace(self, base):
+        """Yields (Function, offset in the module) for the frames below an entry."""
+        known = {}
+        for _, (code, address, _) in zip(range(MAX_FRAMES), self.frames(base)):
+            if address not in known:
+                known[address] = code.function, code.function.body.start + code.offset_at(address)
+            yield known[address]
+
     def code_at(self, address):
-        """(NativeCode, offset of the instruction in the body) of a return address, or None."""
-        for code in self.codes:
-            if code.start < address <= code.end:
-                return code, code.offset_at(address)
-        return None
+        """The NativeCode that a return address lies in, or None."""
+        code = self.returns.get(address)
+        if code is None:
+            for code in self.codes:
+                if code.start < address <= code.end:
+                    self.returns[address] = code
+                    return code
+            return None
+        return code
 
     def frames(self, base):
-        """Yields (Function, offset in the module) of the frames below an entry, innermost first."""
-        machine = self.machine
-        sp, known = unpack_u64_at(self.view, TRAP_STACK)[0], {}
-        for _ in range(MAX_FRAMES):
-            if sp >= base:
-                break
+        """Yields (NativeCode, return address in it, where its frame starts) of the frames below an
+        entry, innermost first."""
+        extra = self.machine.assembler.FRAME_EXTRA
+        sp = unpack_u64_at(self.view, TRAP_STACK)[0]
+        while sp < base:
             address = unpack_u64_at(self.stack.view, sp - self.stack.start)[0]
-            if address not in known:
-                known[address] = self.code_at(address)
-            if known[address] is None:
+            code = self.code_at(address)
+            if code is None:
                 break
-            code, at = known[address]
-            yield code.function, code.function.body.start + at
-            sp += 8 + code.frame - machine.assembler.FRAME_EXTRA
+            yield code, address, sp + 8
+            sp += 8 + code.frame - extra
 
     # -- from native code to Python --
 

@@ -33,7 +33,7 @@ from chibishim import (FUNCREF, I32, I64, F32, F64, V128, FunctionType, Global, 
 MODULES_OF_A_WORKER = 200       # memory for code is never given back
 HANG_SECONDS = 20
 FUEL = 300                      # calls and rounds of loops in one call from outside
-TYPE_BYTES = {"i": 0x7F, "I": 0x7E, "f": 0x7D, "F": 0x7C, "v": 0x7B, "r": 0x70}
+TYPE_BYTES = {"i": 0x7F, "I": 0x7E, "f": 0x7D, "F": 0x7C, "v": 0x7B, "r": 0x70, "x": 0x69}
 TYPES = {"i": I32, "I": I64, "f": F32, "F": F64, "v": V128, "r": FUNCREF}
 PAGE = 65536
 TABLE_SIZE = 12
@@ -125,7 +125,7 @@ class Made:
         self.choose = choose = random.Random(seed)
         self.has_vectors = choose.random() < 0.4
         self.has_floats = self.has_vectors or choose.random() < 0.7
-        self.has_exceptions = choose.random() < 0.1
+        self.has_exceptions = choose.random() < 0.3
         self.has_tail_calls = choose.random() < 0.3
         self.shares = choose.random() < 0.3             # imports its memory, its table and a global
         self.pages, self.limit = choose.choice(((1, 3), (1, 1), (2, 4), (0, 2)) if choose.random() < 0.3 else ((1, 3),))
@@ -135,7 +135,8 @@ class Made:
         own = [("i", "i")] + [(self.some(choose.choice((0, 1, 2, 3, 6, 12))), self.some(choose.choice((0, 1, 1, 1, 2, 3))))
                               for _ in range(choose.randrange(2, 6))]
         self.functions = [signature for _, signature in self.imports] + own
-        for signature in self.functions + [("i", "")]:
+        self.tags = ["i", self.some(choose.randrange(2)), self.some(choose.randrange(1, 4))] if self.has_exceptions else []
+        for signature in self.functions + [(letters, "") for letters in self.tags]:
             self.type(*signature)
         # The first is the fuel. The last is imported where things are shared, and so comes first.
         self.globals = "i" + "".join(choose.choice(self.letters.replace("r", "i")) for _ in range(choose.randrange(1, 6))) + (
@@ -176,7 +177,7 @@ class Made:
         return (b"\0asm\1\0\0\0" + section(1, list(map(signature_bytes, self.signatures))) + section(2, imports)
                 + section(3, [unsigned(self.type(*s)) for s in own])
                 + (b"" if self.shares else section(4, [table]) + section(5, [limits]))
-                + (section(13, [b"\0" + unsigned(self.type("i", ""))]) if self.has_exceptions else b"")
+                + section(13, [b"\0" + unsigned(self.type(letters, "")) for letters in self.tags])
                 + section(6, globals) + section(7, exports) + section(9, segments)
                 + b"\x0c" + sized(unsigned(2)) + section(10, [sized(body) for body in self.bodies]) + section(11, datas))
 
@@ -506,7 +507,7 @@ class FunctionMaker:
     def leave(self, depth):
         """A branch of one of the kinds, mostly conditional."""
         choose = self.choose
-        target = choose.randrange(len(self.labels))
+        target = choose.choice([index for index, letters in enumerate(reversed(self.labels)) if "x" not in letters])
         letters = self.labels[-1 - target]
         kind = choose.randrange(10)
         if kind < 5:
@@ -620,26 +621,42 @@ class FunctionMaker:
             self.emit("table.init", 1, 0)
 
     def exception(self, depth):
-        """Throws, or catches what is thrown inside."""
-        if self.choose.random() < 0.3:
+        """Throws, or catches what is thrown inside: a block for each clause, whose values are there after it."""
+        choose, module = self.choose, self.module
+        if choose.random() < 0.4:
             self.condition(depth)
             self.emit("if", b"\x40")
             self.labels.append("")
-            self.value("i", depth)
-            self.emit("throw", 0)
+            tag = choose.randrange(len(module.tags))
+            self.values(module.tags[tag], depth)
+            self.emit("throw", tag)
             self.labels.pop()
             return self.emit("end")
-        self.emit("block", b"\x7f")
-        self.labels.append("i")
-        self.emit("try_table", b"\x40", 1, b"\0", 0, 0)
+        clauses = [(choose.randrange(4), choose.randrange(len(module.tags))) for _ in range(choose.randrange(1, 4))]
+        carried = [(module.tags[tag] if kind < 2 else "") + "x" * (kind & 1) for kind, tag in clauses]
+        self.emit("block", b"\x40")
         self.labels.append("")
-        self.statement(depth)
+        for letters in reversed(carried):
+            self.emit("block", self.block_type("", letters))
+            self.labels.append(letters)
+        self.emit("try_table", b"\x40", len(clauses), b"".join(
+            bytes((kind,)) + (unsigned(tag) if kind < 2 else b"") + unsigned(index) for index, (kind, tag) in enumerate(clauses)))
+        self.labels.append("")
+        for _ in range(choose.randrange(1, 3)):
+            self.statement(depth)
+        self.emit("call", choose.choice([index for index, signature in enumerate(module.functions) if signature == ("", "")]))
         self.emit("end")
         self.labels.pop()
-        self.i32(7)
+        for index, letters in enumerate(carried):
+            self.emit("br", len(clauses) - index)
+            self.emit("end")
+            self.labels.pop()
+            if letters[-1:] == "x":
+                self.emit("throw_ref" if choose.random() < 0.2 else "drop")
+                letters = letters[:-1]
+            self.take(letters)
         self.emit("end")
         self.labels.pop()
-        self.take("i")
 
 
 def width_of(row):
@@ -720,7 +737,7 @@ class Run:
         try:
             outcome = plain_results(function, execute_any(function, list(arguments)))
         except (Trap, Thrown) as trap:
-            values = getattr(trap, "values", None)
+            values = [plain(t, x) for t, x in zip(trap.tag.type.params, trap.values)] if isinstance(trap, Thrown) else None
             backtrace = [(f.index, self.instances.index(f.instance), at) for f, at in trap.backtrace]
             outcome = trap.__class__.__name__, str(trap), values, backtrace
         self.log.append((function.index, outcome))

@@ -4,6 +4,7 @@ import gc
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -16,11 +17,12 @@ from conftest import ROOT
 from test_engine import leb128, module_of, section
 
 import chibishim
-from chibishim import (FUNCREF, I32, Exhaustion, FunctionType, Global, GlobalType, Instance, Memory, Module, Table, Thrown, Trap, choose_tier)
+from chibishim import (F64, FUNCREF, I32, I64, V128, Exhaustion, FunctionType, Global, GlobalType, Instance, Memory, Module, Table,
+                       Thrown, Trap, choose_tier)
 
 FLAGS = "--enable-tail-call", "--enable-exceptions", "--enable-multi-memory"
 # In a function, it makes the compiler leave it to the interpreter.
-STAYS = "(if (i32.const 0) (then (throw $tag)))"
+STAYS = "(if (i32.const 0) (then (drop (i32.load $other (i32.const 0)))))"
 SPIN = '(module (func (export "_start") (loop (br 0))))'
 
 
@@ -141,7 +143,7 @@ def test_recursion_of_wide_frames_is_exhaustion(native):
         instance.exports["f"](1)
 
 
-MUTUAL = """(module (tag $tag)
+MUTUAL = """(module (memory 0) (memory $other 0)
   (func $even (export "even") (param i32) (result i32)
     (if (result i32) (i32.eqz (local.get 0)) (then (i32.const 1)) (else (call $odd (i32.sub (local.get 0) (i32.const 1))))))
   (func $odd (export "odd") (param i32) (result i32) """ + STAYS + """
@@ -260,7 +262,7 @@ print(status, chibishim.Module.tier.mode, chibishim.Tier.machine, "_ctypes" in s
 
 
 def test_a_memory_that_grows_is_larger_for_everybody(native):
-    instance = native("""(module (tag $tag) (memory (export "m") 0 5)
+    instance = native("""(module (memory (export "m") 0 5) (memory $other 0)
       (func (export "load") (param i32) (result i32) (i32.load (local.get 0)))
       (func (export "store") (param i32 i32) (i32.store (local.get 0) (local.get 1)))
       (func (export "size") (result i32) (memory.size))
@@ -437,23 +439,93 @@ def test_an_exception_of_the_host_passes_through_native_frames(native):
     assert instance.exports["g"](4) == 114
 
 
-@pytest.mark.parametrize("mode", ["interpreter", "native"])
-def test_an_exception_of_the_guest_passes_through_native_frames(tier, mode):
+def exceptions(*functions, tags=((I32,),)):
+    """An instance with tags of these parameters, and functions as (params, results, code), exported by their
+    numbers; wabt does not know try_table."""
+    letters = {I32: b"\x7f", I64: b"\x7e", F64: b"\x7c", V128: b"\x7b"}
+    types = [(tag, ()) for tag in tags] + [(params, results) for params, results, _ in functions]
+    listed = lambda part: bytes((len(part),)) + b"".join(letters[t] for t in part)
+    bodies = [body if body[:1] == b"\1" else b"\0" + body for _, _, body in functions]
+    data = (b"\0asm\1\0\0\0" + section(1, *[b"\x60" + listed(params) + listed(results) for params, results in types])
+            + section(3, *[bytes((len(tags) + index,)) for index in range(len(functions))])
+            + section(13, *[bytes((0, index)) for index in range(len(tags))])
+            + section(7, *[b"\1%d\0%c" % (index, index) for index in range(len(functions))])
+            + section(10, *[leb128(len(body) + 1) + body + b"\x0b" for body in bodies]))
+    return Instance(Module(data))
+
+
+# Function 0 throws its argument, 1 calls 0, 2 calls 1 and gives what was thrown plus one.
+THROW = (I32,), (), b"\x20\0\x08\0"
+MIDDLE = (I32,), (), b"\x20\0\x10\0"
+CATCH = (I32,), (I32,), b"\2\x7f\x1f\x40\1\0\0\0\x20\0\x10\1\x0b\x41\0\x0b\x41\1\x6a"
+
+
+@pytest.mark.parametrize("mode", ["interpreter", "native", "auto"])
+def test_an_exception_of_the_guest_is_caught_or_leaves_a_backtrace(tier, mode):
     tier(mode)
-    # $throw throws; $middle calls $throw; $catch calls $middle, gives what was thrown plus one
-    throw = b"\0\x20\0\x08\0\x0b"
-    middle = b"\0\x20\0\x10\0\x0b"
-    catch = b"\0\2\x7f\x1f\x40\1\0\0\0\x20\0\x10\1\x0b\x41\0\x0b\x41\1\x6a\x0b"
-    data = (b"\0asm\1\0\0\0" + section(1, b"\x60\1\x7f\0", b"\x60\1\x7f\1\x7f") + section(3, b"\0", b"\0", b"\1")
-            + section(13, b"\0\0") + section(7, b"\6middle\0\1", b"\5catch\0\2")
-            + section(10, *[bytes((len(body),)) + body for body in (throw, middle, catch)]))
-    instance = Instance(Module(data))
-    assert instance.exports["catch"](41) == 42
+    instance = exceptions(THROW, MIDDLE, CATCH)
+    assert [instance.exports["2"](n) for n in range(2000)] == list(range(1, 2001))
     with pytest.raises(Thrown, match="uncaught exception") as caught:
-        instance.exports["middle"](5)
+        instance.exports["1"](5)
     assert caught.value.values == (5,)
     assert [f.index for f, _ in caught.value.backtrace] == [0, 1]
-    assert is_compiled(instance.functions[1]) == (mode == "native")
+    assert [is_compiled(f) for f in instance.functions] == [mode != "interpreter"] * 3
+
+
+@pytest.mark.parametrize("interpreted", range(3))
+def test_an_exception_crosses_the_seam(tier, interpreted):
+    tier("native")
+    instance = exceptions(THROW, MIDDLE, CATCH)
+    for function in instance.functions:
+        Module.tier = choose_tier("interpreter" if function.index == interpreted else "native")
+        function.instance.module.tier = Module.tier
+        chibishim.translated(function)
+    assert [is_compiled(f) for f in instance.functions] == [index != interpreted for index in range(3)]
+    assert instance.exports["2"](41) == 42
+
+
+def test_what_a_handler_needs_survives_the_functions_between(tier):
+    tier("native")
+    # Values that have registers, as they are used a lot, in a function that catches, in one that the exception
+    # goes through (it uses all registers), and in one that calls a function that catches and has no such values.
+    count = 12
+    locals = b"\1%c\x7f" % count
+    made = lambda op: b"".join(b"\x20\0\x41%c%c\x21%c" % (n, op, n) for n in range(1, count + 1)) * 3
+    total = b"\x41\0" + b"".join(b"\x20%c\x6a" % n * 3 for n in range(1, count + 1))
+    busy = locals + made(0x6C) + b"\x20\0\x10\0" + total + b"\x1a"
+    keeps = locals + made(0x6A) + b"\2\x7f\x1f\x40\1\0\0\0\x20\0\x10\1\x0b\x41\0\x0b\x1a" + total
+    around = locals + made(0x6B) + b"\x20\0\x10\3\x1a" + total
+    instance = exceptions(THROW, ((I32,), (), busy), ((I32,), (I32,), keeps), CATCH, ((I32,), (I32,), around))
+    for _ in range(2):                  # the first time they compile each other
+        assert instance.exports["2"](1000) == 3 * (12 * 1000 + 78)
+        assert instance.exports["4"](1000) == 3 * (12 * 1000 - 78)
+    assert all(map(is_compiled, instance.functions))
+
+
+def test_values_of_every_kind_are_caught(tier):
+    tier("native")
+    types = I32, F64, V128, I64
+    number = struct.pack("<d", 2.5)
+    thrower = b"\x41\7\x44" + number + b"\xfd\x0c" + bytes(range(16)) + b"\x42\x6e\x08\0"
+    catcher = b"\2\2\x1f\x40\1\0\0\0\x10\0\x0b\0\x0b"
+    instance = exceptions(((), (), thrower), ((), types, catcher), tags=(types,))
+    assert instance.exports["1"]() == (7, 2.5, bytes(range(16)), -18)
+
+
+def test_a_reference_to_an_exception_is_thrown_again(tier):
+    tier("native")
+    again = b"\2\x69\x1f\x40\1\3\0\x20\0\x10\0\x0b\0\x0b\x0a"      # catch_all_ref, throw_ref
+    catch = b"\2\x7f\x1f\x40\1\0\0\0\x20\0\x10\1\x0b\x41\0\x0b"
+    instance = exceptions(THROW, ((I32,), (), again), ((I32,), (I32,), catch))
+    assert instance.exports["2"](9) == 9
+    assert all(map(is_compiled, instance.functions))
+
+
+def test_a_trap_is_no_exception(tier):
+    tier("native")
+    instance = exceptions(((I32,), (), b"\0"), MIDDLE, ((I32,), (I32,), b"\2\x40\x1f\x40\1\2\0\x20\0\x10\1\x0b\x0b\x41\0"))
+    with pytest.raises(Trap, match="unreachable"):
+        instance.exports["2"](1)
 
 
 # -- the process --
