@@ -10898,11 +10898,23 @@ class Cgroup:
         """One line of the version 1 list."""
         write_text(os.path.join(self.directories["devices"], "devices.allow" if allow else "devices.deny"), text)
 
-    def enter(self, pid=0):
-        """Moves a process in, the calling one by default. The kernel lets the first writer wait
-        for 10 to 20 ms."""
-        for path in self.paths():
+    @property
+    def unified(self):
+        """The directory in the unified hierarchy, or None."""
+        return self.directories.get("")
+
+    def enter(self, pid=0, path=None):
+        """Moves a process in, the calling one by default, to all directories or one of them. The
+        kernel lets the first writer wait for 5 to 20 ms."""
+        for path in [path] if path else self.paths():
             write_text(os.path.join(path, "cgroup.procs"), str(pid))
+
+    def enter_alone(self):
+        """Moves the calling process in, which has one thread, save for the unified hierarchy. A
+        thread that moves itself need not wait (since Linux 5.5)."""
+        for path in self.paths():
+            if path != self.unified:
+                write_text(os.path.join(path, "tasks"), "0")
 
     def pids(self):
         """The processes inside, children's groups included, as this pid namespace numbers them."""
@@ -11222,7 +11234,8 @@ KEYCTL_JOIN_SESSION_KEYRING = 1
 SCHEDULING_CALLS = {"x86_64": (314, 251), "aarch64": (274, 30), "riscv64": (274, 30), "armv7l": (380, 314), "armv6l": (380, 314),
                     "i686": (351, 289)}             # sched_setattr, ioprio_set
 IOPRIO_WHO_PROCESS = 1
-SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_MOUNT_SETATTR = 428, 429, 442        # the same everywhere
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_CLONE3, SYS_MOUNT_SETATTR = 428, 429, 435, 442      # the same everywhere
+CLONE_INTO_CGROUP = 1 << 33
 AT_EMPTY_PATH = 0x1000
 AT_FDCWD, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = -100, 0x8000, 1, 4, 0x40
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
@@ -11238,7 +11251,7 @@ class Setup:
     """What the operations share while they run in the child."""
 
     __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "shared", "status", "gate", "pid",
-                 "later", "payload", "labels", "console", "cwd")
+                 "later", "payload", "labels", "console", "cwd", "is_inside")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -11248,6 +11261,7 @@ class Setup:
         self.null = -1                  # the host's /dev/null, for masking
         self.limits = limits            # the resource module, if the plan needs it
         self.adopted = False            # a child of the shim forked us, and did prepare_child
+        self.is_inside = not cgroup or not cgroup.unified       # in its unified hierarchy from the start
         self.trees = []                 # mounts that stand by for the bind mounts of the plan, in its order
         self.keep = []                  # further descriptors that the plan needs
         self.shared = 0                 # flags of the namespaces that were joined and are the shim's
@@ -11293,7 +11307,7 @@ def do_unshare(setup, flags):
 
 
 def do_cgroup(setup):
-    """Waits until the shim has moved us into the cgroup, which takes as long as all that we do
+    """Waits until the shim has moved us into the cgroup, which may take as long as all that we do
     meanwhile. A cgroup namespace shows what is below the group that its maker is in."""
     if setup.cgroup and not setup.adopted and not setup.pid:
         warm_up()
@@ -11950,6 +11964,8 @@ def container_child(process, steps, setup, stdio, terminal):
             os.dup2(fd, target)
         if terminal and setup.console < 0:
             fcntl.ioctl(0, TIOCSCTTY, 0)
+        if setup.cgroup and not setup.adopted:
+            setup.cgroup.enter_alone()
         close_all_but(0, 1, 2, setup.status, setup.gate, *{setup.console} - {-1}, *setup.trees, *setup.keep)
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         code = container_main(process, steps, setup)
@@ -12561,7 +12577,8 @@ class TaskService:
         process.io.forked(self.loop)
         if container.cgroup and not setup.adopted:
             try:
-                container.cgroup.enter(pid)
+                if not setup.is_inside:
+                    container.cgroup.enter(pid, container.cgroup.unified)
                 self.answer(process)
             except ProcessLookupError:
                 pass                    # it has died, and its status pipe tells why
@@ -13009,17 +13026,38 @@ def fork_into(setup, steps, user_namespace, pid_namespace):
     if setup.adopted:
         return fork_grandchild(lambda: prepare_child(setup, steps, user_namespace, pid_namespace))
     if pid_namespace is None:
-        return os.fork()
+        return fork_inside(setup)
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     pid = -1
     try:
         enter_pid_namespace(pid_namespace)
-        pid = os.fork()
+        pid = fork_inside(setup)
         return pid
     finally:
         if pid:
             libc.setns(own, CLONE_NEWPID)
         os.close(own)
+
+
+def fork_inside(setup):
+    """fork(2) into the cgroup's unified hierarchy, where that can be: clone3(2) does not wait as a
+    later move does. Of what the C library's own fork would do only the thread's id in musl matters
+    to a process of one thread: raise(3) there would signal the shim."""
+    if not setup.is_inside:
+        try:
+            os.confstr("CS_GNU_LIBC_VERSION")
+            fd = os.open(setup.cgroup.unified, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (ValueError, OSError):
+            return os.fork()
+        setup.is_inside = True
+        try:
+            # flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup
+            return libc.syscall(SYS_CLONE3, struct.pack("=11Q", CLONE_INTO_CGROUP, 0, 0, 0, SIGCHLD, 0, 0, 0, 0, 0, fd), 88)
+        except OSError:                 # before Linux 5.7
+            setup.is_inside = False
+        finally:
+            os.close(fd)
+    return os.fork()
 
 
 def is_dead(process):

@@ -279,6 +279,17 @@ def test_a_period_too_short_for_the_old_quota_is_updated_with_it(limited):
     assert (cgroup_file(limited, "cpu", "cpu.cfs_period_us"), cgroup_file(limited, "cpu", "cpu.cfs_quota_us")) == ("1000", "1000")
 
 
+def test_the_process_is_in_the_containers_group_of_every_hierarchy(limited):
+    pid = limited.call("State")["pid"]
+    with open("/proc/%d/cgroup" % pid) as file:
+        groups = dict(line.rstrip().split(":", 2)[1:] for line in file)
+    with open("/proc/self/mountinfo") as file:
+        mounted = [line.split() for line in file]
+    used = [name for name in groups if any(words[-3] == "cgroup2" if not name else words[-3] == "cgroup" and name in words[-1].split(",")
+                                           for words in mounted)]
+    assert used and all(groups[name] == "/%s/%s" % (GROUP, limited.id) for name in used)
+
+
 def test_an_update_leaves_the_devices_alone(limited):
     before = cgroup_file(limited, "devices", "devices.list")
     update(limited, {"devices": [{"allow": True, "access": "rwm"}], "pids": {"limit": 99}})
