@@ -282,9 +282,9 @@ MESSAGES = {
                        "5 containerd_ttrpc_address string, 6 containerd_grpc_address string, 7 containerd_binary string, "
                        "8 extensions [Extension], 9 socket_dir string",
     "Extension": "1 value Any",
-    "RuncOptions": "1 no_pivot_root bool, 2 no_new_keyring bool, 3 shim_cgroup string, 4 io_uid uint, 5 io_gid uint, "
-                   "9 systemd_cgroup bool",
-    "RuntimeOptions": "1 type_url string, 2 config_path string, 3 config_body bytes",
+    # containerd.runc.v1.Options, containerd.linux.runc.CreateOptions: of their options, the shim's own
+    "RuncOptions": "3 shim_cgroup string",
+    "LinuxOptions": "9 shim_cgroup string",
     "RuntimeInfo": "1 name string, 2 version RuntimeVersion, 3 options Any, 4 features Any, 5 annotations [Pair]",
     "RuntimeVersion": "1 version string, 2 revision string",
     # io.containerd.cgroups.v2
@@ -11134,7 +11134,7 @@ def cgroup_of(cgroups_path, id, mounts):
         path = "/".join(slices + [name if name.endswith(".slice") else prefix + "-" + name + ".scope"])
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts or not parts:
-        raise ConfigError("config.json: linux.cgroupsPath %r: no group below the root" % cgroups_path)
+        raise ConfigError("cgroup %r: no group below the root" % cgroups_path)
     return Cgroup({name: os.path.join(point, *parts) for name, (point, _) in mounts.items()})
 
 
@@ -13259,6 +13259,7 @@ TASK_SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 EVENT_TYPES = "containerd.events."
 SHIM_FLAGS = ("namespace", "id", "address", "publish-binary", "bundle", "socket", "debug-socket")
 SHIM_SWITCHES = ("debug", "info", "v", "version")
+OPTIONS_TYPES = {"containerd.runc.v1.Options": "RuncOptions", "containerd.linux.runc.CreateOptions": "LinuxOptions"}
 FEATURES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 UNUSED_EXIT_S = 300                     # nobody created a container: containerd has given up
 FLUSH_S = 3
@@ -13340,14 +13341,40 @@ def read_all(fd):
 
 
 def bootstrap(flags, data):
-    """start's stdin: nothing, an Any with options (up to containerd 2.2), or BootstrapParams,
-    which also parses as an Any and is known by its first two fields. Foreign options are no
-    error."""
+    """start's stdin as (BootstrapParams, [Any of options]): nothing, an Any (up to containerd 2.2),
+    or BootstrapParams with any number of them, which also parses as an Any and is known by its
+    first two fields."""
     try:
         params = decode("BootstrapParams", data)
+        if params["instance_id"] == flags["id"] and params["namespace"] == flags["namespace"]:
+            return params, [extension["value"] for extension in params["extensions"]]
     except ProtobufError:
-        return {}
-    return params if params["instance_id"] == flags["id"] and params["namespace"] == flags["namespace"] else {}
+        pass
+    try:
+        return {}, [decode("Any", data)]
+    except ProtobufError:
+        return {}, []
+
+
+def shim_cgroup(options):
+    """The cgroup that the options want the shim in, "" for where it is. Foreign options are no error."""
+    for any in options:
+        message = OPTIONS_TYPES.get(any and any["type_url"].rpartition("/")[2])
+        if message:
+            try:
+                return decode(message, any["value"])["shim_cgroup"]
+            except ProtobufError as error:
+                raise ContainerError("options of the runtime: %s" % error) from None
+    return ""
+
+
+def enter_cgroup(path):
+    """Moves this process to a cgroup in every hierarchy that has it."""
+    named = cgroup_of(path, "", cgroup_mounts(mount_table())).directories
+    found = Cgroup({name: directory for name, directory in named.items() if os.path.isdir(directory)})
+    if not found.directories:
+        raise ContainerError("shim_cgroup %s: no such cgroup; make it first" % path)
+    found.enter()
 
 
 def group_of(id):
@@ -13404,10 +13431,17 @@ def listen(path):
 
 def shim_start(flags):
     """start: the address on stdout, a daemon behind it."""
-    params = bootstrap(flags, read_all(0))
+    params, options = bootstrap(flags, read_all(0))
     path = socket_path(params.get("socket_dir") or SOCKET_DIRECTORY, flags["address"], flags["namespace"], group_of(flags["id"]))
     listener = listen(path)
     if listener:
+        try:
+            cgroup = shim_cgroup(options)
+            if cgroup:
+                enter_cgroup(cgroup)    # before the daemon is there, which inherits it
+        except BaseException:
+            os.unlink(path)
+            raise
         detach(flags, listener, path)
     write_text("address", "unix://" + path)
     os.write(1, b"unix://" + path.encode())

@@ -39,8 +39,10 @@ class Bundle:
         return subprocess.run([SHIM, "-namespace", "test", "-address", self.directory + "/none", "-publish-binary", "",
                                "-id", self.id, "-bundle", self.path, action], input=data, cwd=self.path, capture_output=True, timeout=20)
 
-    def start(self):
-        done = self.command("start", encode("BootstrapParams", {"instance_id": self.id, "socket_dir": self.directory}))
+    def start(self, data=None):
+        """`data` is what start reads; by default parameters without options."""
+        done = self.command("start", data or encode("BootstrapParams", {
+            "instance_id": self.id, "namespace": "test", "socket_dir": self.directory}))
         assert done.returncode == 0 and done.stdout.startswith(b"unix://"), done.stderr
         self.peer = socket.socket(socket.AF_UNIX)
         self.peer.settimeout(20)
@@ -107,6 +109,76 @@ def test_start_prints_the_address_and_writes_it(bundle):
 def test_a_second_start_finds_the_same_shim(bundle):
     first = bundle.start().peer.getpeername()
     assert bundle.start().peer.getpeername() == first
+
+
+# how a client's options reach start: an Any, as containerd sends it up to 2.2, of the message for
+# this runtime or for runc's; and in the parameters of 2.3
+SHIM_CGROUP_OPTIONS = {
+    "containerd.linux.runc.CreateOptions": "LinuxOptions",
+    "containerd.runc.v1.Options": "RuncOptions",
+    "types.containerd.io/containerd.runc.v1.Options": "RuncOptions",
+}
+
+
+def bare_options(bundle, any):
+    return encode("Any", any)
+
+
+def bootstrap_options(bundle, any):
+    return encode("BootstrapParams", {"instance_id": bundle.id, "namespace": "test", "socket_dir": bundle.directory,
+                                      "extensions": [{"value": any}]})
+
+
+@pytest.fixture
+def shim_group():
+    """A cgroup in the pids hierarchy, or the unified one: its name and its directory."""
+    mounts = chibishim.cgroup_mounts(chibishim.mount_table())
+    if not mounts:
+        pytest.skip("no cgroups are mounted here")
+    name = "/%s-shim" % GROUP
+    directory = mounts.get("pids", mounts.get(""))[0] + name
+    os.mkdir(directory)
+    yield name, directory
+    deadline = time.monotonic() + 5
+    while processes_in(directory) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.rmdir(directory)
+
+
+def processes_in(directory):
+    with open(directory + "/cgroup.procs") as file:
+        return [int(line) for line in file]
+
+
+@pytest.mark.parametrize("wrap", [bare_options, bootstrap_options])
+@pytest.mark.parametrize("type_url", SHIM_CGROUP_OPTIONS)
+def test_the_shim_is_in_the_cgroup_of_its_options(bundle, shim_group, type_url, wrap):
+    name, directory = shim_group
+    any = {"type_url": type_url, "value": encode(SHIM_CGROUP_OPTIONS[type_url], {"shim_cgroup": name})}
+    bundle.start(wrap(bundle, any))
+    bundle.create()
+    assert processes_in(directory) == [bundle.call("Connect")["shim_pid"]]      # and not the container's process
+    bundle.call("Delete")
+    bundle.send("Shutdown", {"id": bundle.id})
+
+
+@pytest.mark.parametrize("name, reason", [("/chibitest-none", "shim_cgroup /chibitest-none: no such cgroup"),
+                                          ("/..", "no group below the root")])
+def test_a_shim_cgroup_that_cannot_be_makes_start_fail(bundle, name, reason):
+    any = {"type_url": "containerd.runc.v1.Options", "value": encode("RuncOptions", {"shim_cgroup": name})}
+    done = bundle.command("start", bootstrap_options(bundle, any))
+    assert (done.returncode, done.stdout) == (1, b"") and reason in done.stderr.decode()
+    assert not [file for file in os.listdir(bundle.directory) if file != bundle.id], "a socket is left"
+
+
+def test_runtime_options_that_are_no_message_make_start_fail(bundle):
+    any = {"type_url": "containerd.runc.v1.Options", "value": b"\x1a\x7f"}
+    done = bundle.command("start", encode("Any", any))
+    assert (done.returncode, done.stdout) == (1, b"") and b"options of the runtime" in done.stderr
+
+
+def test_foreign_options_are_no_error(bundle):
+    bundle.start(encode("Any", {"type_url": "runtimeoptions.v1.Options", "value": b"\x1a\xff"}))
 
 
 def test_delete_can_be_called_again_and_answers(bundle):
