@@ -9737,8 +9737,12 @@ mounts[].destination string applied
 mounts[].type string applied
 mounts[].source string applied
 mounts[].options [string] applied
-mounts[].uidMappings [object] refused
-mounts[].gidMappings [object] refused
+mounts[].uidMappings[].containerID int applied
+mounts[].uidMappings[].hostID int applied
+mounts[].uidMappings[].size int applied
+mounts[].gidMappings[].containerID int applied
+mounts[].gidMappings[].hostID int applied
+mounts[].gidMappings[].size int applied
 process.terminal bool applied
 process.consoleSize.height int applied
 process.consoleSize.width int applied
@@ -9912,7 +9916,7 @@ RECURSIVE_OPTIONS = {                   # option -> (attributes to set, to clear
     "rexec": (0, 8), "rrelatime": (0, 0x70), "rnoatime": (0x10, 0x70), "rstrictatime": (0x20, 0x70),
     "rnodiratime": (0x80, 0), "rdiratime": (0, 0x80), "rnosymfollow": (0x200000, 0), "rsymfollow": (0, 0x200000),
 }
-REFUSED_MOUNT_OPTIONS = ("idmap", "ridmap", "tmpcopyup", "loop")
+EXTENSIONS = ("idmap", "ridmap", "tmpcopyup")         # options of config.json's mounts that no kernel knows by name
 DEVICE_NODES = (                        # path, type, major, minor: always there
     ("/dev/null", "c", 1, 3), ("/dev/zero", "c", 1, 5), ("/dev/full", "c", 1, 7),
     ("/dev/random", "c", 1, 8), ("/dev/urandom", "c", 1, 9), ("/dev/tty", "c", 5, 0),
@@ -10032,16 +10036,18 @@ def namespaces(config):
 
 
 def id_mappings(config):
-    """(uid map, gid map) of linux.uidMappings and gidMappings: lists of (id inside, id outside, how many)."""
+    """(uid map, gid map) of linux.uidMappings and gidMappings: rows of (id inside, id outside, how many)."""
     linux = config.get("linux") or {}
-    maps = []
-    for name in ("uidMappings", "gidMappings"):
-        rows = [tuple(item.get(key) or 0 for key in ("containerID", "hostID", "size")) for item in linux.get(name) or ()]
-        for row in rows:
-            if min(row) < 0 or not 0 < row[2] or max(row[:2]) + row[2] > MAX_ID + 1:
-                raise ConfigError("config.json: linux.%s: %d %d %d is no range of ids" % (name, *row))
-        maps.append(rows)
-    return maps
+    return tuple(id_ranges(linux.get(name), "config.json: linux." + name) for name in ("uidMappings", "gidMappings"))
+
+
+def id_ranges(items, where):
+    """The rows of a uid_map: user_namespaces(7)."""
+    rows = tuple(tuple(item.get(key) or 0 for key in ("containerID", "hostID", "size")) for item in items or ())
+    for row in rows:
+        if min(row) < 0 or not 0 < row[2] or max(row[:2]) + row[2] > MAX_ID + 1:
+            raise ConfigError("%s: %d %d %d is no range of ids" % (where, *row))
+    return rows
 
 
 def check_user_namespace(config, spaces):
@@ -10070,7 +10076,7 @@ def mount_options(words, where="mount"):
             flags = flags | flag if on else flags & ~flag
         elif word in PROPAGATION:
             propagation.append(PROPAGATION[word])
-        elif word in REFUSED_MOUNT_OPTIONS or word in RECURSIVE_OPTIONS:
+        elif word in EXTENSIONS or word in RECURSIVE_OPTIONS or word == "loop":
             raise ConfigError("%s: option %s is not supported" % (where, word))
         elif not word.startswith("X-") and not word.startswith("x-"):
             data.append(word)
@@ -10085,7 +10091,6 @@ def plan(config, bundle, rootfs, user_namespace=False):
     process = config.get("process") or {}
     spaces = namespaces(config)
     check_user_namespace(config, spaces)
-    user_namespace = user_namespace or "user" in spaces
     sysctls = plan_sysctls(linux.get("sysctl") or {}, spaces)
     hook_steps = [("sync",), ("hooks", "createContainer")] if config.get("hooks") else []
     steps = plan_namespaces(spaces) + plan_time(linux, spaces)
@@ -10094,8 +10099,8 @@ def plan(config, bundle, rootfs, user_namespace=False):
         if propagation not in PROPAGATION:
             raise ConfigError("config.json: linux.rootfsPropagation: unknown value %r" % propagation)
         steps.append(("prepare_root", rootfs, PROPAGATION[propagation]))
-        steps += plan_mounts(config, bundle)
-        steps += plan_devices(config, user_namespace)
+        steps += plan_mounts(config, bundle, spaces, user_namespace)
+        steps += plan_devices(config, user_namespace or "user" in spaces)
         if own_terminal(config, process):
             steps.append(("terminal", (process.get("user") or {}).get("uid") or 0, True))
         steps += hook_steps
@@ -10156,7 +10161,7 @@ def sysctl_path(name):
     return name.translate({ord("."): "/", ord("/"): "."}) if 0 <= dot and (slash < 0 or dot < slash) else name
 
 
-def plan_mounts(config, bundle):
+def plan_mounts(config, bundle, spaces, user_namespace):
     """config.json's mounts in their order."""
     steps = []
     for index, item in enumerate(config.get("mounts") or ()):
@@ -10164,19 +10169,43 @@ def plan_mounts(config, bundle):
         target = item.get("destination") or ""
         if not target:
             raise ConfigError("%s.destination is missing" % where)
+        target = "/" + target.strip("/")
         words = item.get("options") or ()
-        flags, propagation, data = mount_options([word for word in words if word not in RECURSIVE_OPTIONS], where)
+        plain = [word for word in words if word not in RECURSIVE_OPTIONS and word not in EXTENSIONS]
+        flags, propagation, data = mount_options(plain, where)
         type = item.get("type") or ""
         source = item.get("source") or ""
         if flags & MS_BIND or type == "bind":
             flags |= MS_BIND
             source = os.path.join(bundle, source)
+        mapping = plan_mapping(item, flags, where, spaces, user_namespace)
+        copy = "tmpcopyup" in words
+        if copy and (type != "tmpfs" or flags & MS_BIND):
+            raise ConfigError("%s: option tmpcopyup is for tmpfs only" % where)
         if type == "cgroup":
-            steps.append(("mount_cgroup", "/" + target.strip("/"), flags))
+            steps.append(("mount_cgroup", target, flags))
         else:
-            steps.append(("mount", source or type, "/" + target.strip("/"), type, flags, tuple(propagation), data))
-        steps += [("attributes", "/" + target.strip("/"), word, *RECURSIVE_OPTIONS[word]) for word in words if word in RECURSIVE_OPTIONS]
+            steps.append(("mount", source or type, target, type, flags, tuple(propagation), data, mapping, copy))
+        steps += [("attributes", target, word, *RECURSIVE_OPTIONS[word]) for word in words if word in RECURSIVE_OPTIONS]
     return steps
+
+
+def plan_mapping(item, flags, where, spaces, user_namespace):
+    """(uid map, gid map, whether all below is meant too) of a mount that shows other owners than its
+    file system has, None of any other. Two empty maps stand for the container's user namespace."""
+    words = [word for word in item.get("options") or () if word in ("idmap", "ridmap")]
+    maps = tuple(id_ranges(item.get(name), "%s.%s" % (where, name)) for name in ("uidMappings", "gidMappings"))
+    if not words and not any(maps):
+        return None
+    if not flags & MS_BIND:
+        raise ConfigError("%s: only a bind mount can map ids" % where)
+    if any(maps) != all(maps):
+        raise ConfigError("%s: uidMappings and gidMappings go together" % where)
+    if not any(maps) and "user" not in spaces:
+        raise ConfigError("%s: option %s needs uidMappings and gidMappings, or a user namespace of the container" % (where, words[0]))
+    if user_namespace:
+        raise ConfigError("%s: to map ids takes the host's root; change the files' owners, and remove the mapping" % where)
+    return (*maps, "ridmap" in words)
 
 
 def own_terminal(config, process):
@@ -11236,7 +11265,8 @@ SCHEDULING_CALLS = {"x86_64": (314, 251), "aarch64": (274, 30), "riscv64": (274,
 IOPRIO_WHO_PROCESS = 1
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_CLONE3, SYS_MOUNT_SETATTR = 428, 429, 435, 442      # the same everywhere
 CLONE_INTO_CGROUP = 1 << 33
-AT_EMPTY_PATH = 0x1000
+AT_EMPTY_PATH, MOUNT_ATTR_RDONLY, MOUNT_ATTR_IDMAP = 0x1000, 1, 0x100000
+COPY_AT_ONCE = 1 << 24
 AT_FDCWD, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = -100, 0x8000, 1, 4, 0x40
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 PROC_TARGETS = ("/proc/cpuinfo", "/proc/diskstats", "/proc/meminfo", "/proc/stat", "/proc/swaps", "/proc/uptime",
@@ -11250,8 +11280,8 @@ class ContainerError(Exception):
 class Setup:
     """What the operations share while they run in the child."""
 
-    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "shared", "status", "gate", "pid",
-                 "later", "payload", "labels", "console", "cwd", "is_inside")
+    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "mappings", "shared",
+                 "status", "gate", "pid", "later", "payload", "labels", "console", "cwd", "is_inside")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -11264,6 +11294,7 @@ class Setup:
         self.is_inside = not cgroup or not cgroup.unified       # in its unified hierarchy from the start
         self.trees = []                 # mounts that stand by for the bind mounts of the plan, in its order
         self.keep = []                  # further descriptors that the plan needs
+        self.mappings = {}              # (uid map, gid map) -> path of a user namespace that has them
         self.shared = 0                 # flags of the namespaces that were joined and are the shim's
         self.status = status            # write end of the pipe to the shim
         self.gate = gate                # read end of the pipe from it
@@ -11386,18 +11417,25 @@ def check_target(setup, fd, target, type, flags):
         raise OSError(errno.EPERM, "mount at %s: inside /proc" % target)
 
 
-def do_mount(setup, source, target, type, flags, propagation, data):
+def do_mount(setup, source, target, type, flags, propagation, data, mapping, copy):
     bind = flags & MS_BIND
     tree = -1
     if bind:
-        tree = setup.trees.pop(0) if setup.trees else open_tree(source, flags & MS_REC)
+        tree = setup.trees.pop(0) if setup.trees else mapped_tree(setup, source, flags, mapping)
+    elif type == "tmpfs":               # the mode of what it covers, if none is asked for
+        fd = open_if_there(setup, target)
+        if fd is not None:
+            data = "mode=%o%s" % (os.fstat(fd).st_mode & 0o7777, data and "," + data)
+            os.close(fd)
     fd = ensure(setup, target, not bind or os.fstat(tree).st_mode & 0o170000 == 0o040000)
     check_target(setup, fd, target, type, flags)
     if bind:
         move_mount(tree, fd, flags & MS_REC)
         os.close(tree)
     else:
-        mount_filesystem(source, fd, target, type, flags, data)
+        mount_filesystem(source, fd, target, type, flags & ~MS_RDONLY if copy else flags, data)
+    if copy:
+        copy_up(setup, fd, target, flags)
     os.close(fd)
     extra = flags & ~(MS_BIND | MS_REC | MS_REMOUNT)
     if bind and extra or propagation:
@@ -11407,6 +11445,102 @@ def do_mount(setup, source, target, type, flags, propagation, data):
         for flag in propagation:
             mount(None, fd_path(fd), None, flag)
         os.close(fd)
+
+
+def copy_up(setup, below, target, flags):
+    """tmpcopyup, after runc: the new tmpfs at `target` gets what the directory below it has. The
+    image decides how much that is, so the cgroup is to pay for it."""
+    do_cgroup(setup)
+    fd = open_in_root(setup.root, target)
+    try:
+        copy_tree(below, fd)
+    except OSError as error:
+        raise OSError(error.errno, "tmpcopyup at %s: %s" % (target, error.strerror)) from None
+    if flags & MS_RDONLY:
+        remount(fd, flags)
+    os.close(fd)
+
+
+def copy_tree(source, target):
+    """Copies what one directory has into another, both descriptors, with owners, modes, times and
+    extended attributes. By lists, not by recursion: the image decides how deep it is."""
+    todo = ["."]
+    while todo:
+        path = todo.pop()
+        here = open_in_root(source, path, os.O_RDONLY | os.O_DIRECTORY)
+        there = open_in_root(target, path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for name in os.listdir(here):
+                if copy_entry(here, there, name):
+                    todo.append(os.path.join(path, name))
+            if path != ".":             # last: each new entry changes its time
+                copy_attributes(here, there, ".")
+        finally:
+            os.close(here)
+            os.close(there)
+
+
+def copy_entry(here, there, name):
+    """Copies one entry; of a directory, which makes it true, the name only."""
+    status = os.lstat(name, dir_fd=here)
+    kind = status.st_mode & 0o170000
+    if kind == 0o040000:
+        os.mkdir(name, 0o700, dir_fd=there)
+        return True
+    if kind == 0o120000:
+        os.symlink(os.readlink(name, dir_fd=here), name, dir_fd=there)
+    elif kind == 0o100000:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=here)
+        new = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=there)
+        try:
+            while os.sendfile(new, fd, None, COPY_AT_ONCE):
+                pass
+        finally:
+            os.close(fd)
+            os.close(new)
+    else:
+        os.mknod(name, kind | 0o600, status.st_rdev, dir_fd=there)
+    copy_attributes(here, there, name)
+    return False
+
+
+def copy_attributes(here, there, name):
+    """An entry's owner, then its mode, which a new owner would cost its set-id bits, and the rest."""
+    status = os.lstat(name, dir_fd=here)
+    os.chown(name, status.st_uid, status.st_gid, dir_fd=there, follow_symlinks=False)
+    if status.st_mode & 0o170000 != 0o120000:
+        os.chmod(name, status.st_mode & 0o7777, dir_fd=there)
+    old, new = (os.path.join(fd_path(fd), name) for fd in (here, there))
+    for attribute in os.listxattr(old, follow_symlinks=False):
+        try:
+            os.setxattr(new, attribute, os.getxattr(old, attribute, follow_symlinks=False), follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EPERM):     # a kind that a tmpfs, or a user namespace, lacks
+                raise
+    os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=there, follow_symlinks=False)
+
+
+def mapped_tree(setup, source, flags, mapping):
+    """open_tree for a step "mount"."""
+    tree = open_tree(source, flags & MS_REC)
+    if mapping:
+        map_ids(tree, source, setup.mappings[mapping[:2]], MOUNT_ATTR_IDMAP, mapping[2])
+    return tree
+
+
+def map_ids(tree, source, user_namespace, attributes, recursive):
+    """Has what open_tree returned show owners as a user namespace maps them: mount_setattr(2)."""
+    space = open_namespace(user_namespace)
+    try:
+        libc.syscall(SYS_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0),
+                     struct.pack("=QQQQ", attributes, 0, 0, space), 32)
+    except OSError as error:
+        reason = {errno.ENOSYS: "it takes Linux 5.12", errno.EINVAL: "its file system cannot, on this kernel",
+                  errno.EPERM: "it does already, or is a user namespace's"}.get(error.errno, os.strerror(error.errno))
+        raise OSError(error.errno, "mount %s with mapped ids: %s; change the files' owners, and remove the mapping" % (
+            source, reason)) from None
+    finally:
+        os.close(space)
 
 
 def open_tree(source, recursive):
@@ -11443,7 +11577,8 @@ def prepare_child(setup, steps, user_namespace, pid_namespace):
                 setup.keep.append(open_namespace(step[1]))
                 steps[index] = ("join", fd_path(setup.keep[-1]), step[2])
         pid_namespace = pid_namespace and fd_path(open_namespace(pid_namespace))
-        setup.trees = [open_tree(step[1], step[4] & MS_REC) for step in steps if step[0] == "mount" and step[4] & MS_BIND]
+        setup.trees = [mapped_tree(setup, step[1], step[4], step[7]) for step in steps
+                       if step[0] == "mount" and step[4] & MS_BIND]
         for step in steps:
             if step[0] == "rlimit":     # to be set later, when nobody may raise it
                 raise_rlimit(setup, *step[1:])
@@ -11986,9 +12121,39 @@ def send_error(status, text):
         pass
 
 
+def make_user_namespace(uids, gids):
+    """A descriptor of a new user namespace with these maps. A child makes it and waits, as
+    the maps must be written from outside: user_namespaces(7)."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if not child:
+        try:
+            libc.unshare(CLONE_NEWUSER)
+            os.write(write, b"U")
+            time.sleep(60)
+        except OSError as error:
+            send_error(write, str(error.strerror))
+        finally:
+            os._exit(0)
+    os.close(write)
+    try:
+        word = os.read(read, 4096)
+        if word != b"U":
+            raise ContainerError("user namespace: " + word[1:].decode("utf-8", "replace"))
+        for name, rows in (("uid_map", uids), ("gid_map", gids)):
+            write_text("/proc/%d/%s" % (child, name), "".join("%d %d %d\n" % row for row in rows))
+        return os.open("/proc/%d/ns/user" % child, os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(read)
+        os.kill(child, SIGKILL)
+        os.waitpid(child, 0)
+
+
 def container_main(process, steps, setup):
     """Set-up, waiting for Start, and the guest's run; returns the exit status."""
     perform(steps, setup)
+    for fd in setup.keep:
+        os.close(fd)
     kind, program, function = setup.payload
     os.write(setup.status, kind[:1].upper().encode())
     module = None
@@ -12555,11 +12720,12 @@ class TaskService:
         hooks = None if process.id else lambda point, pid: run_hooks_here(container, point, pid)
         setup = Setup(container.cgroup, hooks, limits, child_status, child_gate)
         setup.keep, setup.console = list(keep), process.io.child_console
-        made = -1
+        made = []
         try:
             if spaces.get("user") == "":
-                made = make_user_namespace(*maps)
-                spaces["user"] = fd_path(made)
+                made.append(make_user_namespace(*maps))
+                spaces["user"] = fd_path(made[-1])
+            self.make_mappings(setup, steps, spaces, made)
             pid = fork_into(setup, steps, spaces.get("user"), spaces.get("pid"))
             if not pid:
                 container_child(spec, steps, setup, process.io.child, process.io.names["terminal"])
@@ -12568,7 +12734,7 @@ class TaskService:
             os.close(gate)
             raise
         finally:
-            for fd in {made, child_status, child_gate} - {-1}:
+            for fd in made + [child_status, child_gate]:
                 os.close(fd)
         process.pid, process.status, process.gate = pid, status, gate
         process.pidfd = os.pidfd_open(pid)
@@ -12582,6 +12748,14 @@ class TaskService:
                 self.answer(process)
             except ProcessLookupError:
                 pass                    # it has died, and its status pipe tells why
+
+    def make_mappings(self, setup, steps, spaces, made):
+        """User namespaces for the mounts that map ids; `made` gets the descriptors."""
+        setup.mappings[(), ()] = spaces.get("user")
+        for maps in {step[7][:2] for step in steps if step[0] == "mount" and step[7]} - {((), ())}:
+            made.append(make_user_namespace(*maps))
+            setup.keep.append(made[-1])
+            setup.mappings[maps] = fd_path(made[-1])
 
     def await_ready(self, process, spec):
         """Waits until nothing is left to do but the payload, and does what is not for the child to do."""
@@ -12980,34 +13154,6 @@ def fork_grandchild(prepare):
     return int(word)
 
 
-def make_user_namespace(uids, gids):
-    """A descriptor of a new user namespace with these maps. A child makes it and waits, as
-    the maps must be written from outside: user_namespaces(7)."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if not child:
-        try:
-            libc.unshare(CLONE_NEWUSER)
-            os.write(write, b"U")
-            time.sleep(60)
-        except OSError as error:
-            send_error(write, str(error.strerror))
-        finally:
-            os._exit(0)
-    os.close(write)
-    try:
-        word = os.read(read, 4096)
-        if word != b"U":
-            raise ContainerError("user namespace: " + word[1:].decode("utf-8", "replace"))
-        for name, rows in (("uid_map", uids), ("gid_map", gids)):
-            write_text("/proc/%d/%s" % (child, name), "".join("%d %d %d\n" % row for row in rows))
-        return os.open("/proc/%d/ns/user" % child, os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(read)
-        os.kill(child, SIGKILL)
-        os.waitpid(child, 0)
-
-
 def give_streams(fds, uid):
     """Makes a user the owner of his streams, so that he can open /dev/stdout again."""
     for fd in set(fds):
@@ -13105,20 +13251,93 @@ def read_config(bundle):
 def mount_rootfs(mounts, rootfs):
     """The mounts of a Create request, in their order, at the bundle's rootfs."""
     for item in mounts:
-        flags, propagation, data = mount_options(item["options"], "rootfs")
+        maps = dict(word.split("=", 1) for word in item["options"] if word[:7] in ("uidmap=", "gidmap="))
+        flags, propagation, data = mount_options([word for word in item["options"] if word[:7] not in ("uidmap=", "gidmap=")], "rootfs")
         target = os.path.normpath(os.path.join(rootfs, item["target"].lstrip("/"))) if item["target"] else rootfs
         if target != rootfs and not target.startswith(rootfs + "/"):
             raise ContainerError("rootfs mount target %s leaves the bundle" % item["target"])
-        if item["type"] == "bind" or flags & MS_BIND:
+        bind = item["type"] == "bind" or flags & MS_BIND
+        if maps:
+            mount_mapped(item, target, flags | (MS_BIND if bind else 0), data, maps)
+        elif bind:
             mount(item["source"], target, None, MS_BIND | flags & MS_REC)
-            if flags & ~(MS_BIND | MS_REC):
-                mount(None, target, None, MS_REMOUNT | MS_BIND | flags & ~MS_REC)
         elif len(data) >= mmap.PAGESIZE - 512:
             mount_long(item, target, flags, data)
         else:
             mount(item["source"], target, item["type"], flags, data)
+        if bind and flags & ~(MS_BIND | MS_REC):
+            mount(None, target, None, MS_REMOUNT | MS_BIND | flags & ~MS_REC)
         for flag in propagation:
             mount(None, target, None, flag)
+
+
+def mount_mapped(item, target, flags, data, maps):
+    """A mount of a Create request whose files have the owners that a snapshotter's options uidmap and
+    gidmap say, each `inside:outside:size` and more of them after a comma. An overlay itself cannot
+    map ids, but its lower layers can (Linux 5.19); the upper one has been given its owner."""
+    if len(maps) < 2:
+        raise ContainerError("rootfs: options uidmap and gidmap go together")
+    try:
+        rows = [[tuple(map(int, row.split(":"))) for row in maps[name].split(",")] for name in ("uidmap", "gidmap")]
+        if any(len(row) != 3 for row in rows[0] + rows[1]):
+            raise ValueError
+    except ValueError:
+        raise ContainerError("rootfs: uidmap=%(uidmap)s, gidmap=%(gidmap)s: not INSIDE:OUTSIDE:SIZE,…" % maps) from None
+    space = make_user_namespace(*rows)
+    try:
+        if flags & MS_BIND:
+            tree = open_tree(item["source"], flags & MS_REC)
+            map_ids(tree, item["source"], fd_path(space), MOUNT_ATTR_IDMAP, flags & MS_REC)
+        elif item["type"] == "overlay":
+            tree = overlay_tree(item, target, flags, data, fd_path(space))
+        else:
+            mount(item["source"], target, item["type"], flags, data)
+            tree = open_tree(target, 0)
+            map_ids(tree, item["source"], fd_path(space), MOUNT_ATTR_IDMAP, False)
+            umount(target)
+        attach(tree, target)
+    finally:
+        os.close(space)
+
+
+def attach(tree, target):
+    """move_mount to a path; the tree's descriptor is closed."""
+    fd = os.open(target, O_PATH | os.O_CLOEXEC)
+    try:
+        move_mount(tree, fd, MS_REC)
+    finally:
+        os.close(fd)
+        os.close(tree)
+
+
+def overlay_tree(item, target, flags, data, user_namespace):
+    """An overlay with mapped lower layers as a mount that is nowhere yet. The kernel looks layers up by
+    path, so for a moment they lie in a tmpfs at the target: read-only, and where whatever is left
+    after a crash will be unmounted."""
+    options = [option.partition("=") for option in data.split(",")]
+    layers = [path for name, _, value in options if name == "lowerdir" for path in value.split(":")]
+    lower = "lowerdir=" + ":".join(map(str, range(len(layers))))
+    data = ",".join([lower] + ["".join(option) for option in options if option[0] not in ("lowerdir", "")])
+    before = os.open(".", O_PATH | os.O_CLOEXEC)
+    mount("tmpfs", target, "tmpfs", 0, "mode=700")
+    try:
+        os.chdir(target)
+        for index, layer in enumerate(layers):
+            tree = open_tree(layer, 0)
+            os.mkdir(str(index))
+            try:
+                map_ids(tree, layer, user_namespace, MOUNT_ATTR_IDMAP | MOUNT_ATTR_RDONLY, False)
+            except OSError:
+                os.close(tree)
+                raise
+            attach(tree, str(index))
+        os.mkdir("merged")
+        mount(item["source"], "merged", "overlay", flags, data)
+        return open_tree("merged", 0)
+    finally:
+        os.fchdir(before)
+        os.close(before)
+        umount(target)
 
 
 def mount_long(item, target, flags, data):
@@ -13325,9 +13544,9 @@ def features():
     linux = {"namespaces": sorted(NAMESPACES), "capabilities": ["CAP_" + name for name in CAPABILITIES],
              "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": False},
              "seccomp": {"enabled": True}, "apparmor": {"enabled": True}, "selinux": {"enabled": True},
-             "intelRdt": {"enabled": False}, "mountExtensions": {"idmap": {"enabled": False}}}
+             "intelRdt": {"enabled": False}, "mountExtensions": {"idmap": {"enabled": True}}}
     return {"ociVersionMin": "1.0.0", "ociVersionMax": "1.2.0", "hooks": hooks, "linux": linux,
-            "mountOptions": sorted({*MOUNT_FLAGS, *PROPAGATION, *RECURSIVE_OPTIONS})}
+            "mountOptions": sorted({*MOUNT_FLAGS, *PROPAGATION, *RECURSIVE_OPTIONS, *EXTENSIONS})}
 
 
 def read_all(fd):

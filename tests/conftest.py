@@ -22,3 +22,16 @@ def wat():
         return subprocess.run(["wat2wasm", *options, "-", "-o", "/dev/stdout"], input=text.encode(),
                               stdout=subprocess.PIPE, check=True).stdout
     return compile
+
+
+def needs_mapped_ids(path):
+    """Skips a test where the kernel, or the file system of the path, cannot map ids."""
+    import chibishim
+    space, tree = chibishim.make_user_namespace([(0, 1, 1)], [(0, 1, 1)]), chibishim.open_tree(path, 0)
+    try:
+        chibishim.map_ids(tree, path, chibishim.fd_path(space), chibishim.MOUNT_ATTR_IDMAP, False)
+    except OSError as error:
+        pytest.skip("*** mounts that map ids are NOT tested: " + error.strerror)
+    finally:
+        os.close(tree)
+        os.close(space)

@@ -1317,8 +1317,12 @@ spec("linux.resources.hugepageLimits of 0", setting("linux.resources.hugepageLim
 spec("mounts: tmpfs with size and mode",
      add("mounts", {"destination": "/t", "type": "tmpfs", "source": "t", "options": ["nosuid", "size=64k", "mode=1770"]}),
      "stat -c %a /t; df -k /t | tail -1 | tr -s ' ' | cut -d' ' -f2", "1770\n64\n")
-spec("mounts: tmpcopyup", add("mounts", {"destination": "/etc", "type": "tmpfs", "source": "t", "options": ["tmpcopyup"]}),
-     "echo x > /etc/y && ls /etc", "y\n")
+spec("mounts: tmpcopyup", add("mounts", {"destination": "/bin", "type": "tmpfs", "source": "t", "options": ["tmpcopyup"]}),
+     "echo x > /bin/y && ls -l /bin/sh /bin/y | tr -s ' ' | cut -d' ' -f1,3,9-", "lrwxrwxrwx 0 /bin/sh -> busybox\n-rw-r--r-- 0 /bin/y\n")
+spec("mounts: uidMappings and gidMappings",
+     add("mounts", {"destination": "/r", "type": "bind", "source": "/usr", "options": ["rbind", "ro"], **{
+         name: [{"containerID": 0, "hostID": 7000, "size": 1000}] for name in ("uidMappings", "gidMappings")}}),
+     "stat -c '%u %g' /r", "7000 7000\n")
 spec("mounts: rro", add("mounts", {"destination": "/r", "type": "bind", "source": "/sys", "options": ["rbind", "rro"]}),
      "awk '$5 ~ \"^/r(/|$)\" { print $6 }' /proc/self/mountinfo | grep -vc '^ro' || true", "0\n")
 spec("mounts: a bind mount's propagation",
@@ -1899,6 +1903,58 @@ def _(box):
         holds("/pause" in text, "%s", text)
         box.cri.StopContainer(container_id=id, timeout=2)
         box.exited(id, 143)
+
+
+def with_user_namespace(box, pod):
+    """Gives a pod that is about to be made a user namespace, whose root is the host's 100000, and
+    returns what makes a container in it. The lab's messages lack the fields (CRI v1 api.proto):
+    UserNamespace userns_options = 5 of NamespaceOption {2 uids, 3 gids} of IDMapping {1 host_id, 3 length}."""
+    from google.protobuf import json_format
+    import api_pb2
+    row = b"\x08\xa0\x8d\x06\x18\x80\x80\x04"
+    option = b"\x2a\x14\x12\x08" + row + b"\x1a\x08" + row
+    sandbox = json_format.ParseDict(pod.config, api_pb2.PodSandboxConfig())
+    sandbox.linux.security_context.namespace_options.MergeFromString(option)
+    pod.id = box.cri.r.RunPodSandbox(api_pb2.RunPodSandboxRequest(config=sandbox, runtime_handler=pod.handler), timeout=30).pod_sandbox_id
+
+    def create(text, mounts=()):
+        config = json_format.ParseDict({
+            "metadata": {"name": "c"}, "image": {"image": box.image}, "command": ["sh", "-c", text], "log_path": "c.log",
+            "linux": {"security_context": {"namespace_options": pod.config["linux"]["security_context"]["namespace_options"]}},
+            "mounts": [{"container_path": path, "host_path": source} for path, source in mounts]}, api_pb2.ContainerConfig())
+        config.linux.security_context.namespace_options.MergeFromString(option)
+        for mount in config.mounts:     # repeated IDMapping uidMappings = 6, gidMappings = 7
+            mount.MergeFromString(b"\x32\x08" + row + b"\x3a\x08" + row)
+        return box.cri.r.CreateContainer(api_pb2.CreateContainerRequest(
+            pod_sandbox_id=pod.id, config=config, sandbox_config=sandbox), timeout=30).container_id
+    return create
+
+
+@case("cri", "a pod with a user namespace, its volumes with mapped ids")
+def _(box):
+    if box.version == "1.6":
+        raise Skip("containerd 1.6 knows no pods with user namespaces")
+    volume = box.scratch()
+    os.chmod(volume, 0o777)
+    pod = box.lab.cri.Pod(box.cri, box.name(), box.handler, net="cni", cgroup_parent="/" + PREFIX)
+    box.opened.append(lambda: shutil.rmtree(pod.logs, ignore_errors=True))
+    create = with_user_namespace(box, pod)
+    try:
+        mounts = [("/v", volume)] if box.version != "1.7" else []       # which refuses them
+        id = create("cat /proc/self/uid_map; ls -ln / | grep -c ' 0 .* 0 .*bin'; echo x > /new; echo x > /v/new; sleep 1000"
+                    if not box.wasm else "echo x > /new; echo x > /v/new; " + box.sleeper(), mounts)
+        box.cri.StartContainer(container_id=id)
+        pid = box.pid(id)
+        same(read("/proc/%d/uid_map" % pid).split(), ["0", "100000", "65536"], "uid_map")
+        until(lambda: os.path.exists("/proc/%d/root/new" % pid), "a new file in the root")
+        same(os.stat("/proc/%d/root/new" % pid).st_uid, 100000, "its owner")
+        same([item.split() for item in box.execute(id, "sh", "-c", "echo from an exec")[0].decode().splitlines()], [["from", "an", "exec"]], "exec")
+        if mounts:
+            until(lambda: os.path.exists(volume + "/new"), "a new file in the volume")
+            same(os.stat(volume + "/new").st_uid, os.geteuid(), "its owner on the host")
+    finally:
+        box.cri.StopPodSandbox(pod_sandbox_id=pod.id)
+        box.cri.RemovePodSandbox(pod_sandbox_id=pod.id)
 
 
 @case("cri", "user, groups, capabilities, read-only root, no new privileges", NATIVE)

@@ -5,6 +5,8 @@ import os
 import pytest
 
 import chibishim
+from conftest import needs_mapped_ids
+
 
 def config_with(**linux):
     """A config.json that differs from the usual one in these fields of linux."""
@@ -139,7 +141,7 @@ def test_a_loggers_command_line_is_its_uri(uri, words):
     assert chibishim.logger_words(uri) == words
 
 
-@pytest.mark.parametrize("word", ["idmap", "tmpcopyup", "rro"])
+@pytest.mark.parametrize("word", ["idmap", "ridmap", "tmpcopyup", "rro", "loop"])
 def test_an_option_that_is_not_applied_to_the_root_is_refused(word):
     with pytest.raises(chibishim.ConfigError, match=word):
         chibishim.mount_options([word])
@@ -267,3 +269,141 @@ def test_a_processor_of_another_name_is_linux32_or_nothing():
     assert ("personality", 8) in plan_of(personality={"domain": "LINUX32"})
     with pytest.raises(chibishim.ConfigError, match="personality"):
         plan_of(personality={"domain": "BSD"})
+
+
+BIND = {"destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind"]}
+SHIFT = [{"containerID": 0, "hostID": 5000, "size": 10}]
+
+
+def mapping_of(spaces=(), **mount):
+    """What plan makes of a mount that maps ids."""
+    config = config_with(namespaces=namespaces_of(*({"type": "user", "path": path} for path in spaces)))
+    config["mounts"] = [dict(BIND, **mount)]
+    return next(step[7] for step in chibishim.plan(config, "/bundle", "/bundle/rootfs") if step[0] == "mount")
+
+
+def test_a_mount_maps_ids_by_its_own_maps_or_the_containers():
+    assert mapping_of() is None
+    assert mapping_of(uidMappings=SHIFT, gidMappings=SHIFT) == (((0, 5000, 10),), ((0, 5000, 10),), False)
+    assert mapping_of(uidMappings=SHIFT, gidMappings=SHIFT, options=["rbind", "ridmap"])[2] is True
+    assert mapping_of(["/proc/1/ns/user"], options=["rbind", "idmap"]) == ((), (), False)
+
+
+@pytest.mark.parametrize("mount, word", [
+    ({"options": ["rbind", "idmap"]}, "user namespace"), ({"uidMappings": SHIFT}, "go together"),
+    ({"type": "tmpfs", "options": [], "uidMappings": SHIFT, "gidMappings": SHIFT}, "bind"),
+    ({"uidMappings": SHIFT, "gidMappings": [{"containerID": 0, "hostID": 1}]}, "range of ids"),
+    ({"options": ["rbind", "tmpcopyup"]}, "tmpfs only"), ({"type": "proc", "options": ["tmpcopyup"]}, "tmpfs only")],
+    ids=["no maps", "no gids", "no bind mount", "no size", "bind mount copied", "proc copied"])
+def test_a_mount_extension_that_cannot_be_is_refused(mount, word):
+    with pytest.raises(chibishim.ConfigError, match=r"mounts\[0\].*" + word):
+        mapping_of(**mount)
+
+
+def test_a_shim_that_is_no_root_of_the_host_maps_no_ids():
+    config = config_with()
+    config["mounts"] = [dict(BIND, uidMappings=SHIFT, gidMappings=SHIFT)]
+    with pytest.raises(chibishim.ConfigError, match="the host's root"):
+        chibishim.plan(config, "/bundle", "/bundle/rootfs", True)
+
+
+@needs_root
+def test_a_tree_is_copied_with_all_that_its_files_have(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "deep" / "er").mkdir(parents=True)
+    target.mkdir()
+    (source / "deep" / "file").write_text("text")
+    (source / "deep" / "link").symlink_to("/no/where")
+    os.mkfifo(source / "fifo")
+    os.mknod(source / "device", 0o020640, os.makedev(1, 3))
+    os.chown(source / "deep" / "file", 5, 6)
+    os.chmod(source / "deep" / "file", 0o4750)
+    os.setxattr(source / "deep" / "file", "security.capability", bytes.fromhex("0100000200200000000000000000000000000000"))
+    for name in ("deep/file", "deep/er", "deep"):
+        os.utime(source / name, (1, 2))
+    fds = [os.open(path, os.O_PATH) for path in (source, target)]
+    chibishim.copy_tree(*fds)
+    for fd in fds:
+        os.close(fd)
+
+    def seen(root):
+        return {path.relative_to(root): (status.st_mode, status.st_uid, status.st_gid, status.st_rdev, int(status.st_mtime))
+                for path in root.rglob("*") for status in [path.lstat()]}
+    assert seen(source) == seen(target) and len(seen(target)) == 6
+    copy = target / "deep" / "file"
+    assert copy.read_text() == "text" and os.readlink(target / "deep" / "link") == "/no/where"
+    assert os.getxattr(copy, "security.capability") == os.getxattr(source / "deep" / "file", "security.capability")
+
+
+def in_own_mounts(test):
+    """Runs a test in a child with a mount namespace of its own; its assertions fail here too."""
+    pid = os.fork()
+    if not pid:
+        try:
+            chibishim.libc.unshare(chibishim.CLONE_NEWNS)
+            chibishim.mount(None, "/", None, chibishim.MS_PRIVATE | chibishim.MS_REC)
+            chibishim.mount(None, "/", None, chibishim.MS_SHARED | chibishim.MS_REC)       # as systemd has it
+            test()
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.fixture
+def ids_can_be_mapped(tmp_path):
+    """Skips where the kernel, or the file system of the tests, cannot map ids."""
+    needs_mapped_ids(str(tmp_path))
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["bind", "read-only bind", "overlay", "tmpfs"])
+def test_a_root_file_system_has_the_owners_that_its_options_say(tmp_path, ids_can_be_mapped, kind):
+    for name in ("one", "two", "upper", "work", "rootfs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "one" / "a").write_text("a")
+    (tmp_path / "two" / "b").write_text("b")
+    os.chown(tmp_path / "two" / "b", 7, 7)
+    maps = ["uidmap=0:100000:5,5:7000:10", "gidmap=0:200000:65536"]
+    overlay = ["lowerdir=%s/two:%s/one" % (tmp_path, tmp_path), "upperdir=%s/upper" % tmp_path, "workdir=%s/work" % tmp_path]
+    options = {"bind": ["rbind"], "read-only bind": ["rbind", "ro", "nodev"], "overlay": overlay, "tmpfs": ["size=64k"]}[kind]
+    item = {"type": kind.split("-")[-1] if "bind" not in kind else "bind", "source": str(tmp_path / "two"), "target": "", "options": options + maps}
+    rootfs = str(tmp_path / "rootfs")
+
+    def test():
+        before = os.listdir("/proc/self/fd")
+        chibishim.mount_rootfs([item], rootfs)
+        assert os.listdir("/proc/self/fd") == before
+        assert len([m for m in chibishim.mount_table() if m.mountpoint.startswith(rootfs)]) == 1
+        owner = os.stat(rootfs + ("/b" if kind != "tmpfs" else ""))
+        assert (owner.st_uid, owner.st_gid) == ((7002, 200007) if kind != "tmpfs" else (100000, 200000))
+        if kind == "overlay":
+            assert os.stat(rootfs + "/a").st_uid == 100000 and not os.statvfs(rootfs).f_flag & 1
+        assert os.statvfs(rootfs).f_flag & 5 == (5 if kind == "read-only bind" else 0)
+    in_own_mounts(test)
+
+
+@needs_root
+@pytest.mark.parametrize("options, word", [
+    (["rbind", "uidmap=0:1:1"], "go together"), (["rbind", "uidmap=0:1", "gidmap=0:1:1"], "INSIDE:OUTSIDE:SIZE"),
+    (["rbind", "uidmap=a:1:1", "gidmap=0:1:1"], "INSIDE:OUTSIDE:SIZE")])
+def test_owners_that_make_no_sense_are_refused(tmp_path, options, word):
+    with pytest.raises(chibishim.ContainerError, match=word):
+        chibishim.mount_rootfs([{"type": "bind", "source": "/", "target": "", "options": options}], str(tmp_path))
+
+
+@needs_root
+def test_an_overlay_that_cannot_be_mapped_leaves_nothing(tmp_path, ids_can_be_mapped):
+    (tmp_path / "rootfs").mkdir()
+
+    def test():
+        before = os.listdir("/proc/self/fd"), os.getcwd()
+        with pytest.raises(OSError, match="/proc with mapped ids"):
+            chibishim.mount_rootfs([{"type": "overlay", "source": "overlay", "target": "", "options": [
+                "lowerdir=%s:/proc" % tmp_path, "uidmap=0:1:1", "gidmap=0:1:1"]}], str(tmp_path / "rootfs"))
+        assert (os.listdir("/proc/self/fd"), os.getcwd()) == before
+        assert not [m for m in chibishim.mount_table() if m.mountpoint.startswith(str(tmp_path))]
+    in_own_mounts(test)

@@ -13,6 +13,7 @@ import pytest
 
 import chibishim
 from chibishim import RpcError, decode, encode
+from conftest import needs_mapped_ids
 from containerd import MODULES, SHIM
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of the shim's service is tested")
@@ -97,7 +98,7 @@ def test_info_tells_what_the_runtime_can_do():
     info = decode("RuntimeInfo", done.stdout)
     assert (info["name"], done.stderr) == ("io.containerd.chibiwasm.v1", b"")
     features = json.loads(info["features"]["value"])
-    assert {"ro", "rro", "rbind", "rshared"} <= set(features["mountOptions"]) and "user" in features["linux"]["namespaces"]
+    assert {"ro", "rro", "rbind", "rshared", "idmap", "tmpcopyup"} <= set(features["mountOptions"]) and "user" in features["linux"]["namespaces"]
 
 
 def test_start_prints_the_address_and_writes_it(bundle):
@@ -382,6 +383,11 @@ def status_of(pid, name):
 @pytest.fixture
 def mapped(bundle):
     """A bundle whose root is the host's user 100000."""
+    return mapped_ids(bundle)
+
+
+def mapped_ids(bundle):
+    """Gives a bundle that user namespace."""
     linux = bundle.config["linux"]
     linux["namespaces"].append({"type": "user"})
     linux["uidMappings"] = linux["gidMappings"] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
@@ -650,6 +656,76 @@ def test_recursive_options_reach_every_mount_below(bundle):
     with open("/proc/%d/mountinfo" % pid) as file:
         options = [line.split()[5].split(",") for line in file if (line.split()[4] + "/").startswith("/data/")]
     assert len(options) > 1 and all({"ro", "noatime"} <= set(words) for words in options)
+
+
+@needs_busybox
+@pytest.mark.parametrize("own", [False, True], ids=["host's ids", "user namespace"])
+def test_a_tmpfs_gets_a_copy_of_what_it_covers(bundle, own):
+    rootfs = os.path.join(bundle.path, "rootfs")
+    shutil.copy("/bin/busybox", rootfs)
+    os.makedirs(os.path.join(rootfs, "etc", "deep"))
+    os.chmod(os.path.join(rootfs, "etc"), 0o751)
+    with open(os.path.join(rootfs, "etc", "deep", "file"), "w") as file:
+        file.write("text")
+    os.symlink("deep/file", os.path.join(rootfs, "etc", "link"))
+    if own:
+        mapped_ids(bundle)
+        for folder, _, files in os.walk(rootfs):
+            for name in [folder] + [os.path.join(folder, file) for file in files]:
+                os.chown(name, 100000, 100000, follow_symlinks=False)
+    bundle.config["mounts"].append({"destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "ro", "nodev"]})
+    bundle.config["process"]["args"] = ["/busybox", "sh", "-c", "/busybox cat /etc/link; /busybox stat -c ' %a %u' /etc; "
+                                        "echo x > /etc/new || /busybox grep ' /etc ' /proc/mounts"]
+    bundle.start().create()
+    bundle.call("Start")
+    assert bundle.call("Wait")["exit_status"] == 0
+    with open(bundle.output) as file:
+        text = file.read()
+    assert "text 751 0\n" in text and "tmpfs /etc tmpfs ro,nodev," in text
+    assert os.listdir(os.path.join(rootfs, "etc", "deep")) == ["file"]
+
+
+def test_a_copy_that_does_not_fit_makes_create_fail(bundle):
+    folder = os.path.join(bundle.path, "rootfs", "etc")
+    os.makedirs(folder)
+    with open(os.path.join(folder, "file"), "wb") as file:
+        file.write(bytes(100_000))
+    bundle.config["mounts"].append({"destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "size=64k"]})
+    bundle.start()
+    assert "tmpcopyup at /etc: No space left" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+
+
+@needs_busybox
+@pytest.mark.parametrize("own", [False, True], ids=["its own maps", "the user namespace's"])
+def test_a_bind_mount_shows_the_owners_of_its_maps(bundle, own):
+    rows = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+    folder = os.path.join(bundle.directory, "data")
+    os.makedirs(folder)
+    os.chown(folder, 5, 6)
+    os.chmod(folder, 0o777)
+    needs_mapped_ids(folder)
+    shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs"))
+    if own:
+        mapped_ids(bundle)
+    bundle.config["mounts"].append({"destination": "/data", "type": "bind", "source": folder, "options": ["rbind", "idmap"] if own else ["rbind"],
+                                    **({} if own else {"uidMappings": rows, "gidMappings": rows})})
+    bundle.config["process"]["args"] = ["/busybox", "sh", "-c", "/busybox stat -c '%u %g' /data; /busybox touch /data/new; /busybox ls -l /proc/self/fd"]
+    bundle.start().create()
+    bundle.call("Start")
+    assert bundle.call("Wait")["exit_status"] == 0
+    with open(bundle.output) as file:
+        text = file.read()
+    assert text.startswith("5 6\n" if own else "100005 100006\n") and "user:[" not in text
+    assert os.path.exists(folder + "/new") == own               # the host's root has no id there
+
+
+def test_a_file_system_that_cannot_map_ids_is_named(bundle):
+    rows = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+    bundle.config["mounts"].append({"destination": "/data", "type": "bind", "source": "/proc/sys", "options": ["rbind"],
+                                    "uidMappings": rows, "gidMappings": rows})
+    bundle.start()
+    text = bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+    assert "/proc/sys with mapped ids" in text and "change the files' owners" in text
 
 
 def test_the_guest_dies_with_its_shim(bundle):
