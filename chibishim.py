@@ -9724,8 +9724,9 @@ def log_exception():
 # silently would be a vulnerability.
 
 # Every field: its type and what becomes of it. string, int, bool, object, map (of
-# strings), a type in brackets for a list. applied; refused where it asks for
-# something; ignored, because it is cosmetic or asks for nothing on Linux.
+# strings), a type in brackets for a list; a name with [] is a list, one with {} an
+# object with names of the user's. applied; refused where it asks for something;
+# ignored, because it is cosmetic or asks for nothing on Linux.
 OCI_FIELDS = """
 ociVersion string applied
 hostname string applied
@@ -9854,32 +9855,46 @@ linux.resources.memory.limit int applied
 linux.resources.memory.reservation int applied
 linux.resources.memory.swap int applied
 linux.resources.memory.kernel int ignored
-linux.resources.memory.kernelTCP int ignored
+linux.resources.memory.kernelTCP int applied
 linux.resources.memory.swappiness int applied
 linux.resources.memory.disableOOMKiller bool applied
 linux.resources.memory.useHierarchy bool ignored
-linux.resources.memory.checkBeforeUpdate bool ignored
+linux.resources.memory.checkBeforeUpdate bool applied
 linux.resources.cpu.shares int applied
 linux.resources.cpu.quota int applied
-linux.resources.cpu.burst int refused
+linux.resources.cpu.burst int applied
 linux.resources.cpu.period int applied
-linux.resources.cpu.realtimeRuntime int refused
-linux.resources.cpu.realtimePeriod int refused
+linux.resources.cpu.realtimeRuntime int applied
+linux.resources.cpu.realtimePeriod int applied
 linux.resources.cpu.cpus string applied
 linux.resources.cpu.mems string applied
-linux.resources.cpu.idle int refused
+linux.resources.cpu.idle int applied
 linux.resources.pids.limit int applied
-linux.resources.blockIO.weight int refused
-linux.resources.blockIO.leafWeight int refused
-linux.resources.blockIO.weightDevice [object] refused
-linux.resources.blockIO.throttleReadBpsDevice [object] refused
-linux.resources.blockIO.throttleWriteBpsDevice [object] refused
-linux.resources.blockIO.throttleReadIOPSDevice [object] refused
-linux.resources.blockIO.throttleWriteIOPSDevice [object] refused
+linux.resources.blockIO.weight int applied
+linux.resources.blockIO.leafWeight int applied
+linux.resources.blockIO.weightDevice[].major int applied
+linux.resources.blockIO.weightDevice[].minor int applied
+linux.resources.blockIO.weightDevice[].weight int applied
+linux.resources.blockIO.weightDevice[].leafWeight int applied
+linux.resources.blockIO.throttleReadBpsDevice[].major int applied
+linux.resources.blockIO.throttleReadBpsDevice[].minor int applied
+linux.resources.blockIO.throttleReadBpsDevice[].rate int applied
+linux.resources.blockIO.throttleWriteBpsDevice[].major int applied
+linux.resources.blockIO.throttleWriteBpsDevice[].minor int applied
+linux.resources.blockIO.throttleWriteBpsDevice[].rate int applied
+linux.resources.blockIO.throttleReadIOPSDevice[].major int applied
+linux.resources.blockIO.throttleReadIOPSDevice[].minor int applied
+linux.resources.blockIO.throttleReadIOPSDevice[].rate int applied
+linux.resources.blockIO.throttleWriteIOPSDevice[].major int applied
+linux.resources.blockIO.throttleWriteIOPSDevice[].minor int applied
+linux.resources.blockIO.throttleWriteIOPSDevice[].rate int applied
 linux.resources.hugepageLimits[].pageSize string applied
 linux.resources.hugepageLimits[].limit int applied
-linux.resources.network object refused
-linux.resources.rdma object refused
+linux.resources.network.classID int applied
+linux.resources.network.priorities[].name string applied
+linux.resources.network.priorities[].priority int applied
+linux.resources.rdma{}.hcaHandles int applied
+linux.resources.rdma{}.hcaObjects int applied
 linux.resources.unified map applied
 solaris object ignored
 windows object ignored
@@ -9984,16 +9999,20 @@ def check_fields(value, table, prefix, what):
 
 
 def check_field(value, path, type, fate, where):
-    """Follows one path of the table through the value, into every element of a list."""
+    """Follows one path of the table through the value, into every element of a list or object."""
     name, _, rest = path.partition(".")
-    key = name[:-2] if name.endswith("[]") else name
+    key = name[:-2] if name[-2:] in ("[]", "{}") else name
     if value.__class__ is not dict:
         raise ConfigError("%s is %s, not an object" % (where.rstrip(".") or where, value.__class__.__name__))
     value = value.get(key)
     where += key
     if value is None:
         return
-    if name is not key:
+    if name[-2:] == "{}":
+        check_type(value, "object", where)
+        for key, item in value.items():
+            check_field(item, rest, type, fate, "%s.%s." % (where, key[:80]))
+    elif name is not key:
         if value.__class__ is not list:
             raise ConfigError("%s is %s, not a list" % (where, value.__class__.__name__))
         for index, item in enumerate(value):
@@ -10805,19 +10824,32 @@ class Filter:
 # version 2), or one in each hierarchy of version 1, or both on a hybrid system.
 # Limits are written before any process enters, so they hold before guest code runs.
 
-# field of linux.resources -> (controller, file of version 1, file of version 2)
+# field of linux.resources -> (controller, file of version 1, file of version 2), in the order of writing
 LIMITS = {
     "memory.limit": ("memory", "memory.limit_in_bytes", "memory.max"),
-    "memory.reservation": ("memory", "memory.soft_limit_in_bytes", "memory.low"),
     "memory.swap": ("memory", "memory.memsw.limit_in_bytes", "memory.swap.max"),
+    "memory.reservation": ("memory", "memory.soft_limit_in_bytes", "memory.low"),
+    "memory.kernelTCP": ("memory", "memory.kmem.tcp.limit_in_bytes", None),
     "memory.swappiness": ("memory", "memory.swappiness", None),
     "memory.disableOOMKiller": ("memory", "memory.oom_control", None),
     "cpu.shares": ("cpu", "cpu.shares", "cpu.weight"),
     "cpu.period": ("cpu", "cpu.cfs_period_us", "cpu.max"),
     "cpu.quota": ("cpu", "cpu.cfs_quota_us", "cpu.max"),
+    "cpu.burst": ("cpu", "cpu.cfs_burst_us", "cpu.max.burst"),
+    "cpu.realtimePeriod": ("cpu", "cpu.rt_period_us", None),
+    "cpu.realtimeRuntime": ("cpu", "cpu.rt_runtime_us", None),
+    "cpu.idle": ("cpu", "cpu.idle", "cpu.idle"),
     "cpu.cpus": ("cpuset", "cpuset.cpus", "cpuset.cpus"),
     "cpu.mems": ("cpuset", "cpuset.mems", "cpuset.mems"),
     "pids.limit": ("pids", "pids.max", "pids.max"),
+    "network.classID": ("net_cls", "net_cls.classid", None),
+}
+ZERO_IS_A_VALUE = ("memory.swappiness", "memory.disableOOMKiller", "cpu.burst", "cpu.idle")    # elsewhere it is absence
+THROTTLES = {                           # field of linux.resources.blockIO -> (file of version 1, key in version 2's io.max)
+    "throttleReadBpsDevice": ("blkio.throttle.read_bps_device", "rbps"),
+    "throttleWriteBpsDevice": ("blkio.throttle.write_bps_device", "wbps"),
+    "throttleReadIOPSDevice": ("blkio.throttle.read_iops_device", "riops"),
+    "throttleWriteIOPSDevice": ("blkio.throttle.write_iops_device", "wiops"),
 }
 # what a container may always do with devices, as runc: make any node, open the harmless ones
 DEVICE_RULES = ("c *:* m", "b *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm", "c 5:0 rwm",
@@ -10855,21 +10887,44 @@ class Cgroup:
         if "" in self.directories and not set(self.directories) - {""}:
             delegate_controllers(self.directories[""])
 
+    def find(self, controller, *names):
+        """The path of the first of a controller's files that is there, "" if none is. Beside version
+        1 the unified hierarchy's controllers are enabled when first needed."""
+        if controller not in self.directories and "" not in self.directories:
+            return ""
+        for _ in range(2):
+            for name in filter(None, names):
+                path = self.file(controller, name)
+                if os.path.exists(path):
+                    return path
+            if controller in self.directories:
+                break
+            delegate_controllers(self.directories[""])
+        return ""
+
     def limit(self, resources):
-        """Applies linux.resources but devices; OSError or ConfigError names what could not be.
-        In version 1 a limit may be invalid until another is set (memory is at most memory and
-        swap, a quota fits its period), so what was refused is tried once more at the end."""
+        """Applies linux.resources but devices; OSError or ConfigError names what could not be. A
+        limit may be invalid until another is set (memory is at most memory and swap, a quota fits
+        its period), so what was refused is tried once more at the end."""
+        memory = resources.get("memory") or {}
+        if memory.get("limit") == -1 and not memory.get("swap"):
+            memory = dict(memory, swap=-1)      # or it would be the limit of both
+        if memory.get("checkBeforeUpdate") and 0 < (memory.get("limit") or 0) < self.memory_usage():
+            raise ConfigError("config.json: linux.resources.memory.limit is less than what is used, see checkBeforeUpdate")
+        values = flatten(dict(resources, memory=memory))
         refused = []
-        for name, value in sorted(flatten(resources).items()):
-            if name in LIMITS:
-                try:
-                    self.limit_one(name, value, resources)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    refused.append((name, value))
-        for name, value in refused:
-            self.limit_one(name, value, resources)
+        for name in filter(values.__contains__, LIMITS):
+            try:
+                self.limit_one(name, values[name], resources)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                refused.append(name)
+        for name in refused:
+            self.limit_one(name, values[name], resources)
+        self.limit_block_io(resources.get("blockIO") or {})
+        self.limit_network(resources.get("network") or {})
+        self.limit_rdma(resources.get("rdma") or {})
         for item in resources.get("hugepageLimits") or ():
             self.limit_huge_pages(item.get("pageSize") or "", item.get("limit") or 0)
         for name, value in sorted((resources.get("unified") or {}).items()):
@@ -10877,36 +10932,95 @@ class Cgroup:
                 raise ConfigError("config.json: linux.resources.unified: %s needs cgroup version 2" % name)
             write_text(os.path.join(self.directories[""], name), value)
 
+    def need(self, field, controller, *names):
+        """find; ConfigError if none is there."""
+        path = self.find(controller, *names)
+        if not path:
+            raise ConfigError("config.json: linux.resources.%s: this system's cgroups have no %s; remove the limit" % (
+                field, " and no ".join(names) if any(names) else "such limit"))
+        return path
+
     def limit_one(self, name, value, resources):
-        """One number or list of numbers."""
-        controller, file1, file2 = LIMITS[name]
-        if controller in self.directories:
-            if name == "memory.disableOOMKiller":
-                value = int(value)
-            if value in (None, 0, "") and name != "memory.swappiness":
-                return
-            write_text(os.path.join(self.directories[controller], file1), str(value))
+        """One number or list of numbers. What asks for nothing is no error where there is no such limit."""
+        if value in (0, "") and name not in ZERO_IS_A_VALUE:
             return
-        if value in (None, 0, ""):
+        controller, *files = LIMITS[name]
+        old = controller in self.directories
+        if value in (0, -1) and not self.find(controller, files[not old]):
             return
-        directory = self.directories.get("")
-        if not directory or file2 is None or not os.path.exists(os.path.join(directory, file2)):
-            raise ConfigError("config.json: linux.resources.%s: no cgroup controller %s here" % (name, controller))
-        write_text(os.path.join(directory, file2), version2_value(name, value, resources))
+        path = self.need(name, controller, files[not old])
+        write_text(path, version1_value(name, value) if old else self.version2_value(name, value, resources))
+
+    def version2_value(self, name, value, resources):
+        """A version 1 number in version 2's terms (kernel.org, cgroup-v2)."""
+        if name == "cpu.shares":
+            return str(cpu_weight(value))
+        if name in ("cpu.quota", "cpu.period"):     # of both, what is not given stays as it is
+            quota, period = (resources["cpu"].get(key) or 0 for key in ("quota", "period"))
+            present = read_text(self.file("", "cpu.max"), "max").split()[0]
+            return ("%s %s" % ("max" if quota < 0 else quota or present, period or "")).rstrip()
+        if name == "memory.swap" and value > 0:     # version 1 counts memory and swap together
+            limit = resources["memory"].get("limit") or self.value("", "memory.max")
+            if limit == MAX_U64:
+                raise ConfigError("config.json: linux.resources.memory.swap needs memory.limit, as version 2 counts swap alone")
+            if value < limit:
+                raise ConfigError("config.json: linux.resources.memory.swap is less than memory.limit, which it includes")
+            return str(value - max(limit, 0))
+        return "max" if value.__class__ is int and value < 0 else str(value)
+
+    def memory_usage(self):
+        """Bytes in use now."""
+        return self.value("memory", "memory.usage_in_bytes" if "memory" in self.directories else "memory.current")
+
+    def limit_block_io(self, limits):
+        """Weights, of all block devices or of one, and rates of single ones."""
+        for name in ("weight", "leafWeight"):
+            self.set_weight(name, limits.get(name), "")
+            for item in limits.get("weightDevice") or ():
+                self.set_weight(name, item.get(name), device_number(item) + " ")
+        for name, (file, key) in THROTTLES.items():
+            for item in limits.get(name) or ():
+                device, rate = device_number(item), item.get("rate") or 0
+                if "blkio" in self.directories:
+                    write_text(self.need("blockIO." + name, "blkio", file), "%s %d" % (device, rate))
+                else:
+                    write_text(self.need("blockIO." + name, "io", "io.max"), "%s %s=%s" % (device, key, rate or "max"))
+
+    def set_weight(self, name, value, device):
+        """A weight of 10 to 1000. Version 2 has that of the scheduler BFQ, or its own, of 1 to 10000."""
+        if not value:
+            return
+        field = "blockIO." + name
+        if "blkio" in self.directories:
+            files = ("blkio.leaf_weight",) if name == "leafWeight" else ("blkio.bfq.weight", "blkio.weight")
+            path = self.need(field, "blkio", *(file + "_device" * bool(device) for file in files))
+        else:
+            path = self.need(field, "io", *(() if name == "leafWeight" else ("io.bfq.weight", "io.weight")))
+            value = io_weight(value) if path.endswith("/io.weight") else value
+        write_text(path, "%s%d" % (device, value))
+
+    def limit_network(self, limits):
+        """The priority of what leaves by an interface; the class is one of LIMITS."""
+        for item in limits.get("priorities") or ():
+            write_text(self.need("network.priorities", "net_prio", "net_prio.ifpriomap"),
+                       "%s %d" % (item.get("name") or "", item.get("priority") or 0))
+
+    def limit_rdma(self, limits):
+        """What each device may have open of it."""
+        for device, item in sorted(limits.items()):
+            words = ["%s=%d" % (key, item[name]) for name, key in (("hcaHandles", "hca_handle"), ("hcaObjects", "hca_object"))
+                     if item.get(name) is not None]
+            if words:
+                write_text(self.need("rdma", "rdma", "rdma.max"), " ".join([device] + words))
 
     def limit_huge_pages(self, size, limit):
-        """The limit of one page size, of pages in use and of those set aside."""
-        names = ("limit_in_bytes", "rsvd.limit_in_bytes") if "hugetlb" in self.directories else ("max", "rsvd.max")
-        paths = [self.file("hugetlb", "hugetlb.%s.%s" % (size, name)) for name in names]
-        if not os.path.exists(paths[0]) and "" in self.directories and limit:
-            delegate_controllers(self.directories[""])
-        if not os.path.exists(paths[0]) or "/" in size:
-            if limit:
-                raise ConfigError("config.json: linux.resources.hugepageLimits: no cgroup controller hugetlb for pages of %r here" % size)
-            return                      # there are none to use
-        for path in paths:
-            if os.path.exists(path):    # Linux 5.7 on
-                write_text(path, str(limit))
+        """The limit of one page size, of pages in use and of those set aside (Linux 5.7 on)."""
+        suffixes = ("limit_in_bytes", "rsvd.limit_in_bytes") if "hugetlb" in self.directories else ("max", "rsvd.max")
+        names = ["hugetlb.%s.%s" % (size, suffix) for suffix in suffixes if "/" not in size]
+        if limit:
+            self.need("hugepageLimits", "hugetlb", *names[:1])
+        for path in filter(None, (self.find("hugetlb", name) for name in names)):      # of none there is nothing to limit
+            write_text(path, str(limit))
 
     def limit_devices(self, rules):
         """The device allow list: written to version 1's controller; version 2 has none."""
@@ -11098,20 +11212,27 @@ def is_all(rule):
             and set(rule.get("access") or "rwm") == set("rwm"))
 
 
-def version2_value(name, value, resources):
-    """A version 1 number in version 2's terms (kernel.org, cgroup-v2)."""
-    if name == "cpu.shares":
-        return str(1 + (min(max(value, 2), 262144) - 2) * 9999 // 262142)
-    if name in ("cpu.quota", "cpu.period"):
-        cpu = resources["cpu"]
-        quota = cpu.get("quota") or 0
-        return "%s %d" % (quota if quota > 0 else "max", cpu.get("period") or 100000)
-    if name == "memory.swap" and value > 0:
-        limit = resources["memory"].get("limit") or 0
-        if value < limit:
-            raise ConfigError("config.json: linux.resources.memory.swap is less than memory.limit, which it includes")
-        return str(value - limit)       # version 1 counts memory and swap together
-    return "max" if value.__class__ is int and value < 0 else str(value)
+def device_number(item):
+    """MAJOR:MINOR, as the kernel's files have it."""
+    return "%d:%d" % (item.get("major") or 0, item.get("minor") or 0)
+
+
+def version1_value(name, value):
+    """A number as version 1's file wants it."""
+    return "max" if name == "pids.limit" and value < 0 else str(int(value) if value.__class__ is bool else value)
+
+
+def cpu_weight(shares):
+    """Version 2's weight for version 1's shares: 2, 1024 and 262144 become 1, 100 and 10000, what
+    lies between the power of ten of a parabola through them (as runc and crun have it)."""
+    from math import ceil, log2
+    power = log2(min(max(shares, 2), 262144))
+    return ceil(10 ** ((power * power + 125 * power) / 612 - 7 / 34))
+
+
+def io_weight(weight):
+    """io.weight, of 1 to 10000, for version 1's weight, of 10 to 1000 (as runc and crun have it)."""
+    return 1 + (min(max(weight, 10), 1000) - 10) * 9999 // 990
 
 
 def inherit_cpuset(path):
@@ -13542,7 +13663,7 @@ def features():
     offers recursively read-only mounts where it finds "rro"."""
     hooks = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
     linux = {"namespaces": sorted(NAMESPACES), "capabilities": ["CAP_" + name for name in CAPABILITIES],
-             "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": False},
+             "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": True},
              "seccomp": {"enabled": True}, "apparmor": {"enabled": True}, "selinux": {"enabled": True},
              "intelRdt": {"enabled": False}, "mountExtensions": {"idmap": {"enabled": True}}}
     return {"ociVersionMin": "1.0.0", "ociVersionMax": "1.2.0", "hooks": hooks, "linux": linux,

@@ -375,7 +375,12 @@ def test_a_root_file_system_has_the_owners_that_its_options_say(tmp_path, ids_ca
 
     def test():
         before = os.listdir("/proc/self/fd")
-        chibishim.mount_rootfs([item], rootfs)
+        try:
+            chibishim.mount_rootfs([item], rootfs)
+        except OSError as error:
+            if kind == "tmpfs" and "cannot" in error.strerror:
+                return                  # before Linux 6.3
+            raise
         assert os.listdir("/proc/self/fd") == before
         assert len([m for m in chibishim.mount_table() if m.mountpoint.startswith(rootfs)]) == 1
         owner = os.stat(rootfs + ("/b" if kind != "tmpfs" else ""))
@@ -406,4 +411,188 @@ def test_an_overlay_that_cannot_be_mapped_leaves_nothing(tmp_path, ids_can_be_ma
                 "lowerdir=%s:/proc" % tmp_path, "uidmap=0:1:1", "gidmap=0:1:1"]}], str(tmp_path / "rootfs"))
         assert (os.listdir("/proc/self/fd"), os.getcwd()) == before
         assert not [m for m in chibishim.mount_table() if m.mountpoint.startswith(str(tmp_path))]
+    in_own_mounts(test)
+
+
+# Limits: what is written, in directories that stand in for cgroups.
+
+DISK = {"major": 8, "minor": 16}
+NAMES = {                               # of files that are there
+    1: """memory.limit_in_bytes memory.memsw.limit_in_bytes memory.kmem.tcp.limit_in_bytes memory.swappiness memory.oom_control
+        memory.usage_in_bytes cpu.shares cpu.cfs_period_us cpu.cfs_quota_us cpu.cfs_burst_us cpu.rt_period_us cpu.rt_runtime_us cpu.idle
+        pids.max blkio.weight blkio.weight_device blkio.leaf_weight blkio.leaf_weight_device blkio.throttle.read_bps_device
+        blkio.throttle.write_bps_device blkio.throttle.read_iops_device blkio.throttle.write_iops_device net_cls.classid
+        net_prio.ifpriomap rdma.max""",
+    2: "memory.max memory.current memory.swap.max cpu.weight cpu.max cpu.max.burst cpu.idle pids.max io.weight io.max rdma.max",
+}
+
+
+def pretended(directory, version, **contents):
+    """A Cgroup of files that hold what they are told, or nothing."""
+    for name in NAMES[version].split():
+        (directory / name).write_text(contents.get(name.replace(".", "_"), ""))
+    controllers = "memory cpu pids blkio net_cls net_prio rdma".split() if version == 1 else [""]
+    return chibishim.Cgroup(dict.fromkeys(controllers, str(directory)))
+
+
+def block_io(name, **item):
+    return {"blockIO": {name: [dict(DISK, **item)]}}
+
+
+@pytest.mark.parametrize("resources, version1, version2", [
+    ({"memory": {"limit": 4096}}, ("memory.limit_in_bytes", "4096"), ("memory.max", "4096")),
+    ({"memory": {"limit": 4096, "swap": 8192}}, ("memory.memsw.limit_in_bytes", "8192"), ("memory.swap.max", "4096")),
+    ({"memory": {"limit": 4096, "swap": 4096}}, ("memory.memsw.limit_in_bytes", "4096"), ("memory.swap.max", "0")),
+    ({"memory": {"limit": 4096, "swap": -1}}, ("memory.memsw.limit_in_bytes", "-1"), ("memory.swap.max", "max")),
+    ({"memory": {"limit": -1}}, ("memory.memsw.limit_in_bytes", "-1"), ("memory.swap.max", "max")),
+    ({"memory": {"limit": -1, "swap": 8192}}, ("memory.limit_in_bytes", "-1"), ("memory.swap.max", "8192")),
+    ({"memory": {"kernelTCP": 4096}}, ("memory.kmem.tcp.limit_in_bytes", "4096"), None),
+    ({"memory": {"swappiness": 0}}, ("memory.swappiness", "0"), ()),
+    ({"memory": {"swappiness": 9}}, ("memory.swappiness", "9"), None),
+    ({"memory": {"disableOOMKiller": True}}, ("memory.oom_control", "1"), None),
+    ({"memory": {"disableOOMKiller": False}}, ("memory.oom_control", "0"), ()),
+    ({"cpu": {"shares": 1024}}, ("cpu.shares", "1024"), ("cpu.weight", "100")),
+    ({"cpu": {"quota": 5000, "period": 10000}}, ("cpu.cfs_quota_us", "5000"), ("cpu.max", "5000 10000")),
+    ({"cpu": {"quota": -1}}, ("cpu.cfs_quota_us", "-1"), ("cpu.max", "max")),
+    ({"cpu": {"burst": 700}}, ("cpu.cfs_burst_us", "700"), ("cpu.max.burst", "700")),
+    ({"cpu": {"burst": 0}}, ("cpu.cfs_burst_us", "0"), ("cpu.max.burst", "0")),
+    ({"cpu": {"realtimePeriod": 9}}, ("cpu.rt_period_us", "9"), None),
+    ({"cpu": {"realtimeRuntime": 8}}, ("cpu.rt_runtime_us", "8"), None),
+    ({"cpu": {"idle": 1}}, ("cpu.idle", "1"), ("cpu.idle", "1")),
+    ({"cpu": {"idle": 0}}, ("cpu.idle", "0"), ("cpu.idle", "0")),
+    ({"pids": {"limit": 7}}, ("pids.max", "7"), ("pids.max", "7")),
+    ({"pids": {"limit": -1}}, ("pids.max", "max"), ("pids.max", "max")),
+    ({"blockIO": {"weight": 500}}, ("blkio.weight", "500"), ("io.weight", "4950")),
+    ({"blockIO": {"leafWeight": 500}}, ("blkio.leaf_weight", "500"), None),
+    (block_io("weightDevice", weight=10), ("blkio.weight_device", "8:16 10"), ("io.weight", "8:16 1")),
+    (block_io("weightDevice", leafWeight=10), ("blkio.leaf_weight_device", "8:16 10"), None),
+    (block_io("throttleReadBpsDevice", rate=5), ("blkio.throttle.read_bps_device", "8:16 5"), ("io.max", "8:16 rbps=5")),
+    (block_io("throttleWriteBpsDevice", rate=5), ("blkio.throttle.write_bps_device", "8:16 5"), ("io.max", "8:16 wbps=5")),
+    (block_io("throttleReadIOPSDevice", rate=5), ("blkio.throttle.read_iops_device", "8:16 5"), ("io.max", "8:16 riops=5")),
+    (block_io("throttleWriteIOPSDevice", rate=0), ("blkio.throttle.write_iops_device", "8:16 0"), ("io.max", "8:16 wiops=max")),
+    ({"network": {"classID": 1048577}}, ("net_cls.classid", "1048577"), None),
+    ({"network": {"priorities": [{"name": "eth0", "priority": 3}]}}, ("net_prio.ifpriomap", "eth0 3"), None),
+    ({"rdma": {"mlx5_1": {"hcaHandles": 3, "hcaObjects": 0}}}, ("rdma.max", "mlx5_1 hca_handle=3 hca_object=0"),
+     ("rdma.max", "mlx5_1 hca_handle=3 hca_object=0")),
+], ids=str)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_limit_is_written_or_refused_by_name(tmp_path, resources, version1, version2, version):
+    """None: there is no such limit; (): nor is one asked for."""
+    wanted = (version1, version2)[version - 1]
+    group = pretended(tmp_path, version, memory_max="max", cpu_max="max 100000")
+    if wanted is None:
+        (kind, fields), = resources.items()
+        with pytest.raises(chibishim.ConfigError, match=r"linux\.resources\.%s" % kind):
+            group.limit(resources)
+    else:
+        group.limit(resources)
+        assert not wanted or (tmp_path / wanted[0]).read_text() == wanted[1]
+
+
+def test_the_scheduler_bfq_has_weights_of_its_own(tmp_path):
+    group = pretended(tmp_path, 2)
+    (tmp_path / "io.bfq.weight").write_text("")
+    group.limit({"blockIO": {"weight": 500}})
+    assert ((tmp_path / "io.bfq.weight").read_text(), (tmp_path / "io.weight").read_text()) == ("500", "")
+
+
+@pytest.mark.parametrize("memory, swap", [("4096", "4096"), ("max", None), ("16384", None)])
+def test_swap_alone_is_counted_from_the_present_memory_limit(tmp_path, memory, swap):
+    group = pretended(tmp_path, 2, memory_max=memory)
+    if swap:
+        group.limit({"memory": {"swap": 8192}})
+        assert (tmp_path / "memory.swap.max").read_text() == swap
+    else:
+        with pytest.raises(chibishim.ConfigError, match="memory.swap"):
+            group.limit({"memory": {"swap": 8192}})
+
+
+@pytest.mark.parametrize("present, cpu, text", [
+    ("5000 10000", {"quota": 7000}, "7000"), ("5000 10000", {"period": 20000}, "5000 20000"), ("max 100000", {"period": 20000}, "max 20000")])
+def test_a_quota_or_a_period_alone_leaves_the_other(tmp_path, present, cpu, text):
+    pretended(tmp_path, 2, cpu_max=present).limit({"cpu": cpu})
+    assert (tmp_path / "cpu.max").read_text() == text
+
+
+@pytest.mark.parametrize("version, name", [(1, "memory_usage_in_bytes"), (2, "memory_current")])
+def test_a_limit_below_what_is_used_is_refused_if_asked(tmp_path, version, name):
+    group = pretended(tmp_path, version, **{name: "5000"})
+    group.limit({"memory": {"limit": 4096}})
+    group.limit({"memory": {"limit": 5000, "checkBeforeUpdate": True}})
+    with pytest.raises(chibishim.ConfigError, match="checkBeforeUpdate"):
+        group.limit({"memory": {"limit": 4096, "checkBeforeUpdate": True}})
+
+
+def test_weights_keep_what_is_least_default_and_most():
+    assert [chibishim.cpu_weight(shares) for shares in (0, 2, 1024, 262144, 1 << 40)] == [1, 1, 100, 10000, 10000]
+    assert [chibishim.io_weight(weight) for weight in (10, 100, 1000)] == [1, 910, 10000]
+
+
+@pytest.mark.parametrize("resources, text", [
+    ({"rdma": {"mlx": {"hcaHandles": "3"}}}, "linux.resources.rdma.mlx.hcaHandles is str"), ({"rdma": {"mlx": 3}}, "rdma.mlx is int"),
+    ({"rdma": []}, "rdma is list"), ({"blockIO": {"weightDevice": {}}}, "weightDevice is dict"),
+    ({"blockIO": {"weightDevice": [{"major": "8"}]}}, r"weightDevice\[0\].major is str"), ({"network": {"classID": "1"}}, "classID is str")])
+def test_limits_of_wrong_types_are_named(resources, text):
+    with pytest.raises(chibishim.ConfigError, match=text):
+        chibishim.check_config(config_with(resources=resources))
+
+
+@pytest.fixture
+def limits(group):
+    """A Cgroup of version 2 with controllers, and a function that reads its files."""
+    made = chibishim.Cgroup({"": group})
+    made.create()
+    missing = {"memory", "cpu", "io", "pids", "hugetlb"} - set(chibishim.read_text(group + "/cgroup.controllers").split())
+    if missing:
+        pytest.skip("*** cgroup version 2 has no %s here: its limits are NOT tested" % ", ".join(sorted(missing)))
+    return made, lambda name: chibishim.read_text(os.path.join(group, name))
+
+
+@needs_root
+def test_version_2_takes_every_limit_that_it_has(limits):
+    group, read = limits
+    group.limit({"memory": {"limit": 1 << 26, "swap": 1 << 27, "reservation": 1 << 25}, "cpu": {
+        "shares": 2048, "quota": 20000, "period": 50000, "burst": 10000}, "pids": {"limit": 50}, "blockIO": {"weight": 100},
+        "hugepageLimits": [{"pageSize": "2MB", "limit": 1 << 22}], "unified": {"memory.high": "60000000"}})
+    assert [read(name) for name in ("memory.max", "memory.swap.max", "memory.low", "cpu.weight", "cpu.max", "cpu.max.burst", "pids.max",
+                                    "hugetlb.2MB.max", "hugetlb.2MB.rsvd.max", "memory.high")] == [
+        "67108864", "67108864", "33554432", "174", "20000 50000", "10000", "50", "4194304", "4194304", str(60000000 // 4096 * 4096)]
+    name, weight = ("io.bfq.weight", "100") if group.find("io", "io.bfq.weight") else ("io.weight", "910")
+    assert read(name).split() == ["default", weight]
+
+
+@needs_root
+def test_version_2_is_updated_up_and_down(limits):
+    group, read = limits
+    group.limit({"cpu": {"quota": 20000, "period": 50000, "burst": 20000, "idle": 0}, "memory": {"limit": 1 << 26, "swap": 1 << 26}})
+    group.limit({"cpu": {"quota": 5000, "burst": 1000}, "memory": {"swap": 1 << 27}})
+    assert (read("cpu.max"), read("cpu.max.burst"), read("memory.swap.max")) == ("5000 50000", "1000", "67108864")
+    group.limit({"cpu": {"quota": -1, "idle": 1, "burst": 0}, "memory": {"limit": -1}})
+    assert [read(name) for name in ("cpu.max", "cpu.idle", "memory.max", "memory.swap.max")] == ["max 50000", "1", "max", "max"]
+    group.limit({"cpu": {"shares": 1024, "idle": 0}})
+    assert (read("cpu.weight"), read("cpu.idle")) == ("100", "0")
+
+
+@needs_root
+def test_version_2_names_the_device_that_it_does_not_know(limits):
+    group, _ = limits
+    with pytest.raises(OSError, match="254:999 rbps=5.*io.max"):
+        group.limit({"blockIO": {"throttleReadBpsDevice": [{"major": 254, "minor": 999, "rate": 5}]}})
+
+
+@needs_root
+def test_the_class_and_the_priorities_of_packets_are_set(tmp_path):
+    def test():
+        chibishim.mount("cgroup", str(tmp_path), "cgroup", 0, "net_cls,net_prio")
+        group = chibishim.Cgroup(dict.fromkeys(("net_cls", "net_prio"), str(tmp_path / "chibitest")))
+        group.create()
+        try:
+            group.limit({"network": {"classID": 0x100001, "priorities": [{"name": "lo", "priority": 4}]}})
+            assert (tmp_path / "chibitest" / "net_cls.classid").read_text() == "1048577\n"
+            assert "lo 4\n" in (tmp_path / "chibitest" / "net_prio.ifpriomap").read_text()
+        finally:
+            group.remove()
+            chibishim.umount(str(tmp_path), 0)
+    if "net_prio" not in chibishim.read_text("/proc/cgroups") or chibishim.cgroup_mounts(chibishim.mount_table()).get("net_cls"):
+        pytest.skip("*** the kernel has no network cgroups of version 1, or they are in use: they are NOT tested")
     in_own_mounts(test)

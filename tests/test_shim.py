@@ -363,6 +363,41 @@ def test_the_process_is_in_the_containers_group_of_every_hierarchy(limited):
     assert used and all(groups[name] == "/%s/%s" % (GROUP, limited.id) for name in used)
 
 
+def test_memory_without_a_limit_has_swap_without_one(limited):
+    update(limited, {"memory": {"limit": -1}})
+    assert int(cgroup_file(limited, "memory", "memory.limit_in_bytes")) > 1 << 60
+
+
+def test_the_shares_of_processors_that_are_idle_and_that_burst_are_updated(limited):
+    if not os.path.exists("/sys/fs/cgroup/cpu/cpu.cfs_burst_us"):
+        pytest.skip("the kernel has no bursts: Linux 5.14")
+    update(limited, {"cpu": {"period": 50000, "quota": 20000, "burst": 20000, "idle": 0, "shares": 512}})
+    update(limited, {"cpu": {"quota": 10000, "burst": 5000, "idle": 1}})
+    assert [cgroup_file(limited, "cpu", "cpu." + name) for name in ("cfs_burst_us", "idle")] == ["5000", "1"]
+    update(limited, {"cpu": {"burst": 0, "idle": 0, "shares": 300}, "pids": {"limit": -1}})
+    assert [cgroup_file(limited, "cpu", "cpu." + name) for name in ("cfs_burst_us", "idle", "shares")] == ["0", "0", "300"]
+    assert cgroup_file(limited, "pids", "pids.max") == "max"
+
+
+def test_the_rates_of_a_disk_are_updated(limited):
+    disks = [line.split() for line in open("/proc/partitions").read().splitlines()[2:]]
+    if not disks or not os.path.exists("/sys/fs/cgroup/blkio/blkio.throttle.read_bps_device"):
+        pytest.skip("no disk, or no rates of disks")
+    device = {"major": int(disks[0][0]), "minor": int(disks[0][1])}
+    names = {"throttleReadBpsDevice": "read_bps", "throttleWriteBpsDevice": "write_bps", "throttleReadIOPSDevice": "read_iops",
+             "throttleWriteIOPSDevice": "write_iops"}
+    for rate in (5_000_000, 0):
+        update(limited, {"blockIO": {field: [dict(device, rate=rate)] for field in names}})
+        for name in names.values():
+            text = cgroup_file(limited, "blkio", "blkio.throttle.%s_device" % name)
+            assert text == ("%(major)d:%(minor)d 5000000" % device if rate else "")
+
+
+def test_a_limit_that_the_system_does_not_have_is_refused_and_named(limited):
+    text = limited.fails(chibishim.INVALID_ARGUMENT, "Update", resources={"value": b'{"blockIO": {"leafWeight": 10}}'})
+    assert "linux.resources.blockIO.leafWeight" in text and "blkio.leaf_weight" in text
+
+
 def test_an_update_leaves_the_devices_alone(limited):
     before = cgroup_file(limited, "devices", "devices.list")
     update(limited, {"devices": [{"allow": True, "access": "rwm"}], "pids": {"limit": 99}})
