@@ -196,9 +196,9 @@ class Reader:
 # (protobuf.dev/programming-guides/encoding)
 #
 # A field is (number, name, type). Types: the scalars below, the name of another
-# message, or either in a list for a repeated field; map<string, string> is a list
-# of Pair. After `decode` every field of the message is there: 0, False, "", b"", []
-# or, for a message that was absent, None.
+# message, or either in a list for a repeated field, which for numbers is packed;
+# map<string, string> is a list of Pair. After `decode` every field of the message is
+# there: 0, False, "", b"", [] or, for a message that was absent, None.
 
 
 class ProtobufError(Exception):
@@ -209,7 +209,7 @@ VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5                       # wire types
 MAX_VARINT_BYTES = 10
 SCALARS = {                             # type -> (wire type, default)
     "uint": (VARINT, 0), "int": (VARINT, 0), "bool": (VARINT, False),
-    "string": (LENGTH, ""), "bytes": (LENGTH, b""),
+    "string": (LENGTH, ""), "bytes": (LENGTH, b""), "double": (FIXED64, 0.0),
 }
 
 
@@ -287,18 +287,50 @@ MESSAGES = {
     "LinuxOptions": "9 shim_cgroup string",
     "RuntimeInfo": "1 name string, 2 version RuntimeVersion, 3 options Any, 4 features Any, 5 annotations [Pair]",
     "RuntimeVersion": "1 version string, 2 revision string",
+    # io.containerd.cgroups.v1
+    "Metrics1": "1 hugetlb [HugetlbStat1], 2 pids PidsStat, 3 cpu CPUStat1, 4 memory MemoryStat1, 5 blkio BlkIOStat, 6 rdma RdmaStat, "
+                "8 cgroup_stats Empty, 9 memory_oom_control MemoryOomControl",
+    "HugetlbStat1": "1 usage uint, 2 max uint, 3 failcnt uint, 4 pagesize string",
+    "CPUStat1": "1 usage CPUUsage, 2 throttling Throttle",
+    "CPUUsage": "1 total uint, 2 kernel uint, 3 user uint, 4 per_cpu [uint]",
+    "Throttle": "1 periods uint, 2 throttled_periods uint, 3 throttled_time uint",
+    "MemoryStat1": "1 cache uint, 2 rss uint, 3 rss_huge uint, 4 mapped_file uint, 5 dirty uint, 6 writeback uint, 7 pg_pg_in uint, "
+                   "8 pg_pg_out uint, 9 pg_fault uint, 10 pg_maj_fault uint, 11 inactive_anon uint, 12 active_anon uint, "
+                   "13 inactive_file uint, 14 active_file uint, 15 unevictable uint, 16 hierarchical_memory_limit uint, "
+                   "17 hierarchical_swap_limit uint, 18 total_cache uint, 19 total_rss uint, 20 total_rss_huge uint, "
+                   "21 total_mapped_file uint, 22 total_dirty uint, 23 total_writeback uint, 24 total_pg_pg_in uint, "
+                   "25 total_pg_pg_out uint, 26 total_pg_fault uint, 27 total_pg_maj_fault uint, 28 total_inactive_anon uint, "
+                   "29 total_active_anon uint, 30 total_inactive_file uint, 31 total_active_file uint, 32 total_unevictable uint, "
+                   "33 usage MemoryEntry, 34 swap MemoryEntry, 35 kernel MemoryEntry, 36 kernel_tcp MemoryEntry",
+    "MemoryEntry": "1 limit uint, 2 usage uint, 3 max uint, 4 failcnt uint",
+    "MemoryOomControl": "1 oom_kill_disable uint, 2 under_oom uint, 3 oom_kill uint",
+    "BlkIOStat": "1 io_service_bytes_recursive [BlkIOEntry], 2 io_serviced_recursive [BlkIOEntry], 3 io_queued_recursive [BlkIOEntry], "
+                 "4 io_service_time_recursive [BlkIOEntry], 5 io_wait_time_recursive [BlkIOEntry], 6 io_merged_recursive [BlkIOEntry], "
+                 "7 io_time_recursive [BlkIOEntry], 8 sectors_recursive [BlkIOEntry]",
+    "BlkIOEntry": "1 op string, 2 device string, 3 major uint, 4 minor uint, 5 value uint",
     # io.containerd.cgroups.v2
-    "Metrics": "1 pids PidsStat, 2 cpu CPUStat, 4 memory MemoryStat, 6 io IOStat, 8 memory_events MemoryEvents",
+    "Metrics2": "1 pids PidsStat, 2 cpu CPUStat2, 4 memory MemoryStat2, 5 rdma RdmaStat, 6 io IOStat, 7 hugetlb [HugeTlbStat2], "
+                "8 memory_events MemoryEvents",
     "PidsStat": "1 current uint, 2 limit uint",
-    "CPUStat": "1 usage_usec uint, 2 user_usec uint, 3 system_usec uint, 4 nr_periods uint, 5 nr_throttled uint, "
-               "6 throttled_usec uint",
-    "MemoryStat": "1 anon uint, 2 file uint, 3 kernel_stack uint, 4 slab uint, 5 sock uint, 6 shmem uint, 7 file_mapped uint, "
-                  "8 file_dirty uint, 9 file_writeback uint, 10 anon_thp uint, 11 inactive_anon uint, 12 active_anon uint, "
-                  "13 inactive_file uint, 14 active_file uint, 15 unevictable uint, 18 pgfault uint, 19 pgmajfault uint, "
-                  "32 usage uint, 33 usage_limit uint, 34 swap_usage uint, 35 swap_limit uint, 36 max_usage uint",
-    "IOStat": "1 usage [IOEntry]",
+    "CPUStat2": "1 usage_usec uint, 2 user_usec uint, 3 system_usec uint, 4 nr_periods uint, 5 nr_throttled uint, "
+                "6 throttled_usec uint, 7 psi PSIStats, 8 nr_bursts uint, 9 burst_usec uint",
+    "MemoryStat2": "1 anon uint, 2 file uint, 3 kernel_stack uint, 4 slab uint, 5 sock uint, 6 shmem uint, 7 file_mapped uint, "
+                   "8 file_dirty uint, 9 file_writeback uint, 10 anon_thp uint, 11 inactive_anon uint, 12 active_anon uint, "
+                   "13 inactive_file uint, 14 active_file uint, 15 unevictable uint, 16 slab_reclaimable uint, "
+                   "17 slab_unreclaimable uint, 18 pgfault uint, 19 pgmajfault uint, 20 workingset_refault uint, "
+                   "21 workingset_activate uint, 22 workingset_nodereclaim uint, 23 pgrefill uint, 24 pgscan uint, 25 pgsteal uint, "
+                   "26 pgactivate uint, 27 pgdeactivate uint, 28 pglazyfree uint, 29 pglazyfreed uint, 30 thp_fault_alloc uint, "
+                   "31 thp_collapse_alloc uint, 32 usage uint, 33 usage_limit uint, 34 swap_usage uint, 35 swap_limit uint, "
+                   "36 max_usage uint, 37 swap_max_usage uint, 38 psi PSIStats, 39 workingset_refault_anon uint, "
+                   "40 workingset_refault_file uint, 41 workingset_activate_anon uint, 42 workingset_activate_file uint",
+    "PSIStats": "1 some PSIData, 2 full PSIData",
+    "PSIData": "1 avg10 double, 2 avg60 double, 3 avg300 double, 4 total uint",
+    "RdmaStat": "1 current [RdmaEntry], 2 limit [RdmaEntry]",
+    "RdmaEntry": "1 device string, 2 hca_handles uint, 3 hca_objects uint",
+    "IOStat": "1 usage [IOEntry], 2 psi PSIStats",
     "IOEntry": "1 major uint, 2 minor uint, 3 rbytes uint, 4 wbytes uint, 5 rios uint, 6 wios uint",
-    "MemoryEvents": "1 low uint, 2 high uint, 3 max uint, 4 oom uint, 5 oom_kill uint",
+    "HugeTlbStat2": "1 current uint, 2 max uint, 3 pagesize string, 4 failcnt uint",
+    "MemoryEvents": "1 low uint, 2 high uint, 3 max uint, 4 oom uint, 5 oom_kill uint, 6 oom_group_kill uint",
 }
 
 
@@ -330,6 +362,8 @@ def encode(name, message):
         value = message.get(field)
         given += field in message
         repeated = type.__class__ is list
+        if type == ["uint"] and value:  # packed: one field with all of them
+            value, type, repeated = b"".join(map(varint, value)), "bytes", False
         for item in value or () if repeated else () if value is None else (value,):
             item_type = type[0] if repeated else type
             wire, default = SCALARS.get(item_type, (LENGTH, None))
@@ -337,6 +371,9 @@ def encode(name, message):
                 continue
             if wire == VARINT:
                 out += varint(number << 3), varint(item)
+                continue
+            if wire == FIXED64:
+                out += varint(number << 3 | FIXED64), struct.pack("<d", item)
                 continue
             if item_type == "string":
                 item = item.encode("utf-8", "surrogateescape")
@@ -374,11 +411,22 @@ def decode(name, data):
                 raise ProtobufError("%s: truncated" % name)
         if key >> 3 in by_number:
             field, type = by_number[key >> 3]
-            if type.__class__ is list:
+            if type == ["uint"] and wire == LENGTH:
+                message[field] += packed_numbers(name, value)
+            elif type.__class__ is list:
                 message[field].append(field_value(name, field, type[0], wire, value))
             else:
                 message[field] = field_value(name, field, type, wire, value)
     return message
+
+
+def packed_numbers(name, data):
+    """The numbers of a packed repeated field."""
+    numbers, position = [], 0
+    while position < len(data):
+        number, position = read_varint(name, data, position)
+        numbers.append(number)
+    return numbers
 
 
 def read_varint(name, data, position):
@@ -401,6 +449,8 @@ def field_value(name, field, type, wire, value):
         raise ProtobufError("%s.%s: wire type %d" % (name, field, wire))
     if type == "bytes":
         return bytes(value)
+    if type == "double":
+        return struct.unpack("<d", value)[0]
     if type == "string":
         try:
             return str(value, "utf-8")
@@ -11111,8 +11161,7 @@ class Cgroup:
 
     def oom_kills(self):
         """How many processes inside the kernel killed for want of memory."""
-        name = "memory.oom_control" if "memory" in self.directories else "memory.events"
-        return key_values(read_text(self.file("memory", name), "")).get("oom_kill", 0)
+        return self.pairs("memory", "memory.oom_control" if "memory" in self.directories else "memory.events").get("oom_kill", 0)
 
     def watch_oom(self):
         """A descriptor that is readable when memory has run out, -1 where nobody tells: in version 1
@@ -11133,11 +11182,32 @@ class Cgroup:
         return fd
 
     def metrics(self):
-        """The dict of an io.containerd.cgroups.v2.Metrics message; every sub-message is there."""
+        """(version, dict) of a message Metrics of that version: 1 where that one counts memory. Every
+        sub-message is there, for there are readers that do not look."""
+        return (1, self.metrics1()) if "memory" in self.directories else (2, self.metrics2())
+
+    def metrics1(self):
+        """The dict of an io.containerd.cgroups.v1.Metrics message."""
+        oom = self.pairs("memory", "memory.oom_control")
+        huge = (("usage", "usage_in_bytes"), ("max", "max_usage_in_bytes"), ("failcnt", "failcnt"))
         return {
             "pids": {"current": self.value("pids", "pids.current"), "limit": self.value("pids", "pids.max")},
-            "cpu": self.cpu_metrics(), "memory": self.memory_metrics(), "io": {"usage": self.io_metrics()},
-            "memory_events": {"oom_kill": self.oom_kills()},
+            "cpu": self.cpu_metrics1(), "memory": self.memory_metrics1(), "blkio": self.block_io_metrics(), "rdma": self.rdma_metrics(),
+            "hugetlb": [dict({key: self.value("hugetlb", "hugetlb.%s.%s" % (size, name)) for key, name in huge}, pagesize=size)
+                        for size in self.page_sizes(".usage_in_bytes")],
+            "cgroup_stats": {}, "memory_oom_control": {name: oom.get(name, 0) for name in ("oom_kill_disable", "under_oom", "oom_kill")},
+        }
+
+    def metrics2(self):
+        """The dict of an io.containerd.cgroups.v2.Metrics message."""
+        events = self.pairs("", "memory.events")
+        return {
+            "pids": {"current": self.value("pids", "pids.current"), "limit": self.value("pids", "pids.max")},
+            "cpu": dict(numbers("CPUStat2", self.pairs("", "cpu.stat")), psi=self.pressure("cpu")),
+            "memory": self.memory_metrics2(), "rdma": self.rdma_metrics(), "io": {"usage": self.io_metrics(), "psi": self.pressure("io")},
+            "hugetlb": [{"pagesize": size, "current": self.value("", "hugetlb.%s.current" % size), "max": self.value("", "hugetlb.%s.max" % size),
+                         "failcnt": self.pairs("", "hugetlb.%s.events" % size).get("max", 0)} for size in self.page_sizes(".current")],
+            "memory_events": numbers("MemoryEvents", events),
         }
 
     def value(self, controller, name):
@@ -11145,40 +11215,63 @@ class Cgroup:
         text = read_text(self.file(controller, name), "0")
         return MAX_U64 if text == "max" else int(text) if text.isdigit() else 0
 
-    def cpu_metrics(self):
-        """CPUStat"""
-        if "cpuacct" not in self.directories:
-            stat = key_values(read_text(self.file("", "cpu.stat"), ""))
-            return {name: stat.get(name, 0) for _, name, _ in message_fields("CPUStat")}
-        tick_usec = 1000000 // os.sysconf("SC_CLK_TCK")
-        stat = key_values(read_text(self.file("cpuacct", "cpuacct.stat"), ""))
-        throttled = key_values(read_text(self.file("cpu", "cpu.stat"), ""))
-        return {"usage_usec": self.value("cpuacct", "cpuacct.usage") // 1000,
-                "user_usec": stat.get("user", 0) * tick_usec, "system_usec": stat.get("system", 0) * tick_usec,
-                "nr_periods": throttled.get("nr_periods", 0), "nr_throttled": throttled.get("nr_throttled", 0),
-                "throttled_usec": throttled.get("throttled_time", 0) // 1000}
+    def pairs(self, controller, name):
+        """{key: int} of a file of 'key value' lines; an absent one has none."""
+        return key_values(read_text(self.file(controller, name), ""))
 
-    def memory_metrics(self):
-        """MemoryStat"""
-        stat = key_values(read_text(self.file("memory", "memory.stat"), ""))
-        if "memory" not in self.directories:
-            metrics = {name: stat.get(name, 0) for _, name, _ in message_fields("MemoryStat")}
-            names = (("usage", "current"), ("usage_limit", "max"), ("max_usage", "peak"),
-                     ("swap_usage", "swap.current"), ("swap_limit", "swap.max"))
-            metrics.update({name: self.value("", "memory." + file) for name, file in names})
-            return metrics
-        pairs = (("anon", "rss"), ("file", "cache"), ("shmem", "shmem"), ("file_mapped", "mapped_file"),
-                 ("file_dirty", "dirty"), ("file_writeback", "writeback"), ("inactive_anon",) * 2, ("active_anon",) * 2,
-                 ("inactive_file",) * 2, ("active_file",) * 2, ("unevictable",) * 2, ("pgfault",) * 2, ("pgmajfault",) * 2)
-        metrics = {name: stat.get("total_" + old, stat.get(old, 0)) for name, old in pairs}
-        names = (("usage", "usage_in_bytes"), ("usage_limit", "limit_in_bytes"), ("max_usage", "max_usage_in_bytes"))
-        metrics.update({name: self.value("memory", "memory." + file) for name, file in names})
-        return metrics
+    def cpu_metrics1(self):
+        """CPUStat1, in nanoseconds."""
+        tick = 1000000000 // os.sysconf("SC_CLK_TCK")
+        stat, throttled = self.pairs("cpuacct", "cpuacct.stat"), self.pairs("cpu", "cpu.stat")
+        return {"usage": {"total": self.value("cpuacct", "cpuacct.usage"), "kernel": stat.get("system", 0) * tick, "user": stat.get("user", 0) * tick,
+                          "per_cpu": list(map(int, read_text(self.file("cpuacct", "cpuacct.usage_percpu"), "").split()))},
+                "throttling": {"periods": throttled.get("nr_periods", 0), "throttled_periods": throttled.get("nr_throttled", 0),
+                               "throttled_time": throttled.get("throttled_time", 0)}}
+
+    def memory_metrics1(self):
+        """MemoryStat1. The kernel writes pgpgin and the like without underscores."""
+        stat = self.pairs("memory", "memory.stat")
+        stat.update({key.replace("pgpg", "pg_pg_").replace("pgmaj", "pg_maj_").replace("pgfault", "pg_fault"): stat[key] for key in list(stat)})
+        stat["hierarchical_swap_limit"] = stat.get("hierarchical_memsw_limit", 0)
+        entries = (("usage", "memory."), ("swap", "memory.memsw."), ("kernel", "memory.kmem."), ("kernel_tcp", "memory.kmem.tcp."))
+        files = (("limit", "limit_in_bytes"), ("usage", "usage_in_bytes"), ("max", "max_usage_in_bytes"), ("failcnt", "failcnt"))
+        return dict(numbers("MemoryStat1", stat), **{
+            name: {key: self.value("memory", prefix + file) for key, file in files} for name, prefix in entries})
+
+    def memory_metrics2(self):
+        """MemoryStat2"""
+        files = (("usage", "current"), ("usage_limit", "max"), ("max_usage", "peak"), ("swap_usage", "swap.current"),
+                 ("swap_limit", "swap.max"), ("swap_max_usage", "swap.peak"))
+        return dict(numbers("MemoryStat2", self.pairs("", "memory.stat")), psi=self.pressure("memory"), **{
+            name: self.value("", "memory." + file) for name, file in files})
+
+    def pressure(self, name):
+        """PSIStats: some and full, each of 'avg10=0.00 avg60=0.00 avg300=0.00 total=0'; None where nobody measures."""
+        stats = {}
+        for line in read_text(self.file("", name + ".pressure"), "").splitlines():
+            kind, *words = line.split()
+            values = dict(word.split("=") for word in words)
+            stats[kind] = {"total": int(values.pop("total")), **{key: float(value) for key, value in values.items()}}
+        return stats or None
+
+    def page_sizes(self, suffix):
+        """The sizes of huge pages for which there is a file of that name."""
+        directory = self.file("hugetlb", "")
+        names = sorted(os.listdir(directory)) if os.path.isabs(directory) else ()
+        return [name.split(".")[1] for name in names if name.startswith("hugetlb.") and name.endswith(suffix) and name.count(".") == 2]
+
+    def rdma_metrics(self):
+        """RdmaStat, of lines 'device hca_handle=2 hca_object=2000'."""
+        def entries(name):
+            for line in read_text(self.file("rdma", name), "").splitlines():
+                device, *words = line.split()
+                values = dict(word.split("=") for word in words)
+                handles, objects = (MAX_U32 if text == "max" else int(text) for text in map(values.get, ("hca_handle", "hca_object"), "00"))
+                yield {"device": device, "hca_handles": handles, "hca_objects": objects}
+        return {"current": list(entries("rdma.current")), "limit": list(entries("rdma.max"))}
 
     def io_metrics(self):
         """IOEntry messages, one for each block device."""
-        if "blkio" in self.directories:
-            return []                   # version 1 counts only what its throttling sees
         entries = []
         for line in read_text(self.file("", "io.stat"), "").splitlines():
             device, _, rest = line.partition(" ")
@@ -11187,6 +11280,31 @@ class Cgroup:
             entries.append({"major": int(major), "minor": int(minor),
                             **{name: int(values.get(name, 0)) for name in ("rbytes", "wbytes", "rios", "wios")}})
         return entries
+
+    def block_io_metrics(self):
+        """BlkIOStat: what the scheduler CFQ counts (before Linux 5.0), else what throttling sees."""
+        names = {}
+        for line in read_text("/proc/partitions", "").splitlines()[2:]:
+            major, minor, _, name = line.split()
+            names[major, minor] = "/dev/" + name
+
+        def entries(file):
+            for line in read_text(self.file("blkio", "blkio." + file), "").splitlines():
+                device, *words = line.split()               # 8:0 Read 4096, or 8:0 6792
+                if ":" in device:
+                    major, minor = device.split(":")
+                    yield {"op": words[0] if len(words) > 1 else "", "device": names.get((major, minor), ""),
+                           "major": int(major), "minor": int(minor), "value": int(words[-1])}
+        stat = {name: list(entries(name.replace("io_time", "time"))) for _, name, _ in message_fields("BlkIOStat")}
+        if not any(stat.values()):
+            for name in ("io_service_bytes_recursive", "io_serviced_recursive"):
+                stat[name] = list(entries("throttle." + name))
+        return stat
+
+
+def numbers(message, stat):
+    """The numbers of a message by the names that its fields have."""
+    return {name: stat.get(name, 0) for _, name, type in message_fields(message) if type == "uint"}
 
 
 def flatten(resources):
@@ -13104,7 +13222,8 @@ class TaskService:
         container, _ = self.find(request, "Stats")
         if not container.cgroup:
             raise RpcError(NOT_FOUND, "%s: the container has no cgroup" % container.id)
-        return {"stats": any_of("io.containerd.cgroups.v2.Metrics", "Metrics", container.cgroup.metrics())}
+        version, metrics = container.cgroup.metrics()
+        return {"stats": any_of("io.containerd.cgroups.v%d.Metrics" % version, "Metrics%d" % version, metrics)}
 
     # --- control ---
 

@@ -596,3 +596,91 @@ def test_the_class_and_the_priorities_of_packets_are_set(tmp_path):
     if "net_prio" not in chibishim.read_text("/proc/cgroups") or chibishim.cgroup_mounts(chibishim.mount_table()).get("net_cls"):
         pytest.skip("*** the kernel has no network cgroups of version 1, or they are in use: they are NOT tested")
     in_own_mounts(test)
+
+
+# Metrics, of directories that stand in for cgroups.
+
+V1_FILES = {
+    "memory.stat": "cache 1\nrss 2\npgpgin 3\npgpgout 4\npgfault 5\npgmajfault 6\nhierarchical_memory_limit 7\n"
+                   "hierarchical_memsw_limit 8\ntotal_rss 9\ntotal_pgpgin 10\ntotal_pgmajfault 11\ntotal_inactive_file 12\nshmem 13\n",
+    "memory.usage_in_bytes": "100", "memory.limit_in_bytes": "200", "memory.max_usage_in_bytes": "150", "memory.failcnt": "3",
+    "memory.memsw.usage_in_bytes": "101", "memory.kmem.usage_in_bytes": "102", "memory.kmem.tcp.usage_in_bytes": "103",
+    "memory.oom_control": "oom_kill_disable 1\nunder_oom 0\noom_kill 4\n", "cpuacct.usage": "5000", "cpuacct.stat": "user 7\nsystem 8\n",
+    "cpuacct.usage_percpu": "2000 3000 \n", "cpu.stat": "nr_periods 1\nnr_throttled 2\nthrottled_time 3\n", "pids.current": "4", "pids.max": "max",
+    "blkio.throttle.io_service_bytes_recursive": "8:0 Read 4096\n8:0 Total 4096\nTotal 4096\n",
+    "blkio.throttle.io_serviced_recursive": "8:0 Read 1\nTotal 1\n", "hugetlb.2MB.usage_in_bytes": "5", "hugetlb.2MB.max_usage_in_bytes": "6",
+    "hugetlb.2MB.failcnt": "7", "hugetlb.2MB.rsvd.usage_in_bytes": "8",
+    "rdma.current": "mlx hca_handle=2 hca_object=20\n", "rdma.max": "mlx hca_handle=max hca_object=30\n"}
+V2_FILES = {
+    "cpu.stat": "usage_usec 1\nuser_usec 2\nsystem_usec 3\ncore_sched.force_idle_usec 9\nnr_periods 4\nnr_bursts 5\nburst_usec 6\n",
+    "cpu.pressure": "some avg10=0.50 avg60=1.25 avg300=0.00 total=77\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7\n",
+    "memory.stat": "anon 1\nfile 2\nslab 3\nworkingset_refault_anon 4\npgscan 5\nthp_collapse_alloc 6\n", "memory.current": "100", "memory.max": "max",
+    "memory.peak": "150", "memory.swap.current": "7", "memory.swap.max": "0", "memory.swap.peak": "8",
+    "memory.events": "low 1\nhigh 2\nmax 3\noom 4\noom_kill 5\noom_group_kill 6\n", "pids.current": "4", "pids.max": "99",
+    "io.stat": "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6\n8:16 \n", "hugetlb.1GB.current": "5", "hugetlb.1GB.max": "max",
+    "hugetlb.1GB.events": "max 2\n", "hugetlb.1GB.rsvd.current": "9", "rdma.current": V1_FILES["rdma.current"], "rdma.max": V1_FILES["rdma.max"]}
+RDMA = {"current": [{"device": "mlx", "hca_handles": 2, "hca_objects": 20}], "limit": [{"device": "mlx", "hca_handles": 2**32 - 1, "hca_objects": 30}]}
+
+
+def measured(directory, files, controllers):
+    """What a reader of the message gets."""
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    version, metrics = chibishim.Cgroup(dict.fromkeys(controllers, str(directory))).metrics()
+    message = "Metrics%d" % version
+    return message, chibishim.decode(message, chibishim.encode(message, metrics))
+
+
+def only(message, **values):
+    """A message with these values and defaults; the fields are those of the table."""
+    return dict(chibishim.decode(message, b""), **values)
+
+
+V1 = ("memory", "cpu", "cpuacct", "pids", "blkio", "hugetlb", "rdma")
+
+
+def test_metrics_of_version_1_are_complete(tmp_path):
+    tick = 10**9 // os.sysconf("SC_CLK_TCK")
+    entry = {"op": "Read", "device": "", "major": 8, "minor": 0}
+    with open("/proc/partitions") as file:
+        entry["device"] = next(("/dev/" + line.split()[3] for line in file if line.split()[:2] == ["8", "0"]), "")
+    assert measured(tmp_path, V1_FILES, V1) == ("Metrics1", {
+        "pids": {"current": 4, "limit": 2**64 - 1}, "cpu": {
+            "usage": {"total": 5000, "user": 7 * tick, "kernel": 8 * tick, "per_cpu": [2000, 3000]},
+            "throttling": {"periods": 1, "throttled_periods": 2, "throttled_time": 3}},
+        "memory": only("MemoryStat1", cache=1, rss=2, pg_pg_in=3, pg_pg_out=4, pg_fault=5, pg_maj_fault=6, hierarchical_memory_limit=7,
+                       hierarchical_swap_limit=8, total_rss=9, total_pg_pg_in=10, total_pg_maj_fault=11, total_inactive_file=12,
+                       usage={"usage": 100, "limit": 200, "max": 150, "failcnt": 3}, swap=only("MemoryEntry", usage=101),
+                       kernel=only("MemoryEntry", usage=102), kernel_tcp=only("MemoryEntry", usage=103)),
+        "blkio": only("BlkIOStat", io_service_bytes_recursive=[dict(entry, value=4096), dict(entry, op="Total", value=4096)],
+                      io_serviced_recursive=[dict(entry, value=1)]),
+        "rdma": RDMA, "hugetlb": [{"usage": 5, "max": 6, "failcnt": 7, "pagesize": "2MB"}], "cgroup_stats": {},
+        "memory_oom_control": {"oom_kill_disable": 1, "under_oom": 0, "oom_kill": 4}})
+
+
+def test_metrics_of_version_1_are_the_old_schedulers_where_it_is(tmp_path):
+    files = {"blkio.io_service_bytes_recursive": "8:0 Write 1\nTotal 1\n", "blkio.sectors_recursive": "8:0 6792\n", "blkio.time_recursive": "8:0 3\n"}
+    blkio = measured(tmp_path, {**V1_FILES, **files}, V1)[1]["blkio"]
+    assert [[(item["op"], item["value"]) for item in blkio[name]] for name in ("io_service_bytes_recursive", "sectors_recursive", "io_time_recursive")] == [
+        [("Write", 1)], [("", 6792)], [("", 3)]]
+
+
+def test_metrics_of_version_2_are_complete(tmp_path):
+    entry = {"major": 8, "minor": 0, "rbytes": 1, "wbytes": 2, "rios": 3, "wios": 4}
+    assert measured(tmp_path, V2_FILES, [""]) == ("Metrics2", {
+        "pids": {"current": 4, "limit": 99}, "cpu": only("CPUStat2", usage_usec=1, user_usec=2, system_usec=3, nr_periods=4, nr_bursts=5, burst_usec=6, psi={
+            "some": {"avg10": 0.5, "avg60": 1.25, "avg300": 0.0, "total": 77}, "full": only("PSIData", total=7)}),
+        "memory": only("MemoryStat2", anon=1, file=2, slab=3, workingset_refault_anon=4, pgscan=5, thp_collapse_alloc=6, usage=100,
+                       usage_limit=2**64 - 1, max_usage=150, swap_usage=7, swap_limit=0, swap_max_usage=8),
+        "rdma": RDMA, "io": {"usage": [entry, only("IOEntry", major=8, minor=16)], "psi": None},
+        "hugetlb": [{"current": 5, "max": 2**64 - 1, "pagesize": "1GB", "failcnt": 2}],
+        "memory_events": {"low": 1, "high": 2, "max": 3, "oom": 4, "oom_kill": 5, "oom_group_kill": 6}})
+
+
+@pytest.mark.parametrize("controllers", [V1, [""]], ids=["version 1", "version 2"])
+def test_every_part_of_the_metrics_is_there_though_the_cgroup_is_gone(tmp_path, controllers):
+    """ctr, dockerd and containerd 1.6 look into them without asking whether they are there."""
+    message, metrics = measured(tmp_path, {}, controllers)
+    assert all(metrics[field] is not None for _, field, _ in chibishim.message_fields(message))
+    if message == "Metrics1":
+        assert metrics["cpu"]["usage"] and metrics["cpu"]["throttling"] and metrics["memory"]["usage"] and metrics["memory"]["swap"]

@@ -39,6 +39,18 @@ def test_the_last_one_of_a_field_wins():
     assert decode("StateRequest", encode("StateRequest", {"id": "a"}) + encode("StateRequest", {"id": "b"}))["id"] == "b"
 
 
+@pytest.mark.parametrize("data", [b"\x22\x03\x07\xac\x02", b"\x20\x07\x20\xac\x02", b"\x20\x07\x22\x02\xac\x02"],
+                         ids=["packed", "one by one", "both"])
+def test_repeated_numbers_may_be_packed(data):
+    assert decode("CPUUsage", data)["per_cpu"] == [7, 300]
+
+
+@pytest.mark.parametrize("data, what", [(b"\x22\x02\x07\xac", "varint"), (b"\x21" + bytes(8), "wire type")])
+def test_malformed_repeated_numbers_are_refused(data, what):
+    with pytest.raises(ProtobufError, match=what):
+        decode("CPUUsage", data)
+
+
 @pytest.mark.parametrize("data, what", [
     (b"\x0a", "truncated|varint"), (b"\x0a\x05ab", "truncated"), (b"\x08\x01", "wire type"), (b"\x0b", "wire type"),
     (b"\x00\x00", "field number 0"), (b"\x0a\x01\xff", "UTF-8"), (b"\xff" * 11, "varint"), (b"\x0a" + b"\xff" * 9 + b"\x01", "truncated")])
@@ -52,7 +64,7 @@ def test_a_field_that_is_not_there_is_an_error():
         encode("StateRequest", {"name": "x"})
 
 
-PROTO_TYPES = {"string": "string", "bytes": "bytes", "bool": "bool", "int": "int64", "uint": "uint64"}
+PROTO_TYPES = {"string": "string", "bytes": "bytes", "bool": "bool", "int": "int64", "uint": "uint64", "double": "double"}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +91,7 @@ def protoc(schema, option, data):
 
 def sample(name, depth=0):
     """A message with every field set."""
-    values = {"string": "Grüße", "bytes": b"\0\1\xff", "bool": True, "int": -5, "uint": 2**40 + 7}
+    values = {"string": "Grüße", "bytes": b"\0\1\xff", "bool": True, "int": -5, "uint": 2**40 + 7, "double": -0.5}
     message = {}
     for number, field, type in message_fields(name):
         repeated = type.__class__ is list
