@@ -9767,7 +9767,7 @@ def log_exception():
 
 # === 18. OCI configuration ====================================================
 #
-# config.json (OCI runtime specification 1.2) in, a list of set-up operations out.
+# config.json (OCI runtime specification 1.3) in, a list of set-up operations out.
 # Nothing here touches the system: what will be done to it can be read, and tested,
 # as data. The file is trusted, yet a field of the wrong type is an error that names
 # it, and a restriction that this module cannot apply makes Create fail: to drop it
@@ -9878,7 +9878,7 @@ linux.netDevices object refused
 linux.rootfsPropagation string applied
 linux.maskedPaths [string] applied
 linux.readonlyPaths [string] applied
-linux.mountLabel string refused
+linux.mountLabel string applied
 linux.seccomp.defaultAction string applied
 linux.seccomp.defaultErrnoRet int applied
 linux.seccomp.architectures [string] applied
@@ -9950,6 +9950,7 @@ solaris object ignored
 windows object ignored
 vm object ignored
 zos object ignored
+freebsd object ignored
 """
 
 JSON_TYPES = {"string": str, "int": int, "bool": bool, "object": dict, "map": dict}
@@ -10190,7 +10191,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
             if space not in spaces:
                 raise ConfigError("config.json: %s needs an own uts namespace" % name)
             steps.append((name, config[name]))
-    return plan_labels(process) + steps + [("cgroup",)] + plan_process(process, linux)
+    return plan_labels(process) + plan_mount_label(linux) + steps + [("cgroup",)] + plan_process(process, linux)
 
 
 def plan_namespaces(spaces):
@@ -10413,6 +10414,15 @@ def plan_labels(process):
     if apparmor == "unconfined":
         apparmor = ""
     return [("open_labels", apparmor, selinux)] if apparmor or selinux else []
+
+
+def plan_mount_label(linux):
+    """The SELinux context of the container's own file systems, for the steps that mount them. It has
+    commas, so mount(8) and the kernel want it quoted."""
+    label = linux.get("mountLabel")
+    if label and '"' in label:
+        raise ConfigError("config.json: linux.mountLabel %r holds a quotation mark" % label)
+    return [("mount_label", label)] if label else []
 
 
 def capability_mask(names):
@@ -11520,7 +11530,7 @@ class Setup:
     """What the operations share while they run in the child."""
 
     __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "mappings", "shared",
-                 "status", "gate", "pid", "later", "payload", "labels", "console", "cwd", "is_inside")
+                 "status", "gate", "pid", "later", "payload", "label", "labels", "console", "cwd", "is_inside")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -11542,6 +11552,7 @@ class Setup:
         self.payload = None             # what load_payload found
         self.console = -1               # a socket for the terminal's master, if it is to be the container's own
         self.cwd = None                 # the working directory, once we are there
+        self.label = ""                 # SELinux context of the file systems that are mounted
         self.labels = []                # (what, descriptor, text) of AppArmor, SELinux: for exec, for Wasm, …
 
 
@@ -11672,13 +11683,16 @@ def do_mount(setup, source, target, type, flags, propagation, data, mapping, cop
         move_mount(tree, fd, flags & MS_REC)
         os.close(tree)
     else:
-        mount_filesystem(source, fd, target, type, flags & ~MS_RDONLY if copy else flags, data)
+        mount_filesystem(source, fd, target, type, flags & ~MS_RDONLY if copy else flags, labelled(setup, type, data))
     if copy:
         copy_up(setup, fd, target, flags)
     os.close(fd)
     extra = flags & ~(MS_BIND | MS_REC | MS_REMOUNT)
-    if bind and extra or propagation:
+    label = setup.label if type == "mqueue" else ""
+    if bind and extra or propagation or label:
         fd = open_in_root(setup.root, target)       # what lies on top now
+        if label:
+            os.setxattr(fd_path(fd), "security.selinux", os.fsencode(label))
         if bind and extra:
             remount(fd, MS_BIND | extra)
         for flag in propagation:
@@ -11836,6 +11850,14 @@ def enter_pid_namespace(path):
         libc.unshare(CLONE_NEWPID)
 
 
+def labelled(setup, type, data):
+    """Mount options with the SELinux context. The kernel labels proc and sysfs itself, and mqueue has no
+    such option."""
+    if not setup.label or type in ("proc", "sysfs", "mqueue"):
+        return data
+    return '%s%scontext="%s"' % (data, data and ",", setup.label)
+
+
 def mount_filesystem(source, fd, target, type, flags, data):
     """A mount that is no bind mount; the error names the target, not a descriptor."""
     try:
@@ -11885,7 +11907,7 @@ def do_mount_cgroup(setup, target, flags):
     if set(directories) == {""}:
         mount(directories[""], fd_path(fd), None, MS_BIND | MS_REC)
     else:
-        mount_filesystem("tmpfs", fd, target, "tmpfs", flags & ~(MS_RDONLY | MS_BIND | MS_REC), "mode=755")
+        mount_filesystem("tmpfs", fd, target, "tmpfs", flags & ~(MS_RDONLY | MS_BIND | MS_REC), labelled(setup, "tmpfs", "mode=755"))
         for controller, directory in directories.items():
             point = ensure(setup, os.path.join(target, controller.replace("name=", "") or "unified"))
             mount(directory, fd_path(point), None, MS_BIND | MS_REC)
@@ -12011,7 +12033,8 @@ def do_mask(setup, path):
     if fd is None:
         return
     if os.fstat(fd).st_mode & 0o170000 == 0o040000:
-        mount("tmpfs", fd_path(fd), "tmpfs", MS_RDONLY, "nr_blocks=1,nr_inodes=1")
+        options = "nr_blocks=1,nr_inodes=2"     # Ubuntu's Linux 5.4 refuses one inode
+        mount("tmpfs", fd_path(fd), "tmpfs", MS_RDONLY, labelled(setup, "tmpfs", options))
     else:
         mount(fd_path(setup.null), fd_path(fd), None, MS_BIND)
     os.close(fd)
@@ -12186,9 +12209,19 @@ def do_open_labels(setup, apparmor, selinux):
         directory = "/proc/self/attr/apparmor" if os.path.isdir("/proc/self/attr/apparmor") else "/proc/self/attr"
         open_label(setup, "process.apparmorProfile " + apparmor, directory, "exec " + apparmor, "changeprofile " + apparmor)
     if selinux:
-        if "selinuxfs" not in read_text("/proc/filesystems").split():
-            raise ContainerError("process.selinuxLabel %s: this kernel has no SELinux, or not enabled; remove the label" % selinux)
+        need_selinux("process.selinuxLabel " + selinux)
         open_label(setup, "process.selinuxLabel " + selinux, "/proc/self/attr", selinux, selinux)
+
+
+def need_selinux(what):
+    """ContainerError where nobody would heed a label."""
+    if "selinuxfs" not in read_text("/proc/filesystems").split():
+        raise ContainerError("%s: this kernel has no SELinux, or not enabled; remove the label" % what)
+
+
+def do_mount_label(setup, label):
+    need_selinux("linux.mountLabel " + label)
+    setup.label = label
 
 
 def open_label(setup, what, directory, for_exec, for_now):
@@ -12236,10 +12269,11 @@ def do_seccomp(setup, call, flags, program):
 
 
 OPERATIONS = {function.__name__[3:]: function for function in (
-    do_join, do_unshare, do_time_offsets, do_scheduler, do_io_priority, do_affinity, do_personality, do_cgroup, do_loopback_up, do_prepare_root, do_mount, do_attributes, do_mount_cgroup, do_device, do_symlink, do_terminal,
+    do_join, do_unshare, do_time_offsets, do_scheduler, do_io_priority, do_affinity, do_personality, do_cgroup,
+    do_loopback_up, do_prepare_root, do_mount, do_attributes, do_mount_cgroup, do_device, do_symlink, do_terminal,
     do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_propagation, do_chroot, do_hostname,
     do_domainname, do_rlimit, do_session_keyring, do_bounding, do_make_cwd, do_identity, do_cwd, do_capabilities,
-    do_no_new_privs, do_open_labels, do_payload, do_labels, do_seccomp)}
+    do_no_new_privs, do_mount_label, do_open_labels, do_payload, do_labels, do_seccomp)}
 
 
 def find_program(name, environment, cwd):

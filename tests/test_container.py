@@ -684,3 +684,122 @@ def test_every_part_of_the_metrics_is_there_though_the_cgroup_is_gone(tmp_path, 
     assert all(metrics[field] is not None for _, field, _ in chibishim.message_fields(message))
     if message == "Metrics1":
         assert metrics["cpu"]["usage"] and metrics["cpu"]["throttling"] and metrics["memory"]["usage"] and metrics["memory"]["swap"]
+
+
+# The fields of config.json in the OCI runtime specification 1.3: schema/config-schema.json and what it refers to.
+# [] is a list of objects, {} an object with names of the user's; a platform's own part stands for all in it.
+SPECIFICATION = """
+: ociVersion hostname domainname annotations windows solaris vm zos freebsd
+root: path readonly
+mounts[]: destination type source options
+mounts[].uidMappings[]: containerID hostID size
+mounts[].gidMappings[]: containerID hostID size
+process: terminal cwd env args commandLine noNewPrivileges apparmorProfile selinuxLabel oomScoreAdj
+process.consoleSize: height width
+process.user: uid gid umask additionalGids username
+process.rlimits[]: type soft hard
+process.capabilities: bounding effective inheritable permitted ambient
+process.ioPriority: class priority
+process.scheduler: policy nice priority flags runtime deadline period
+process.execCPUAffinity: initial final
+hooks.prestart[]: path args env timeout
+hooks.createRuntime[]: path args env timeout
+hooks.createContainer[]: path args env timeout
+hooks.startContainer[]: path args env timeout
+hooks.poststart[]: path args env timeout
+hooks.poststop[]: path args env timeout
+linux: sysctl cgroupsPath rootfsPropagation maskedPaths readonlyPaths mountLabel netDevices intelRdt memoryPolicy
+linux.uidMappings[]: containerID hostID size
+linux.gidMappings[]: containerID hostID size
+linux.namespaces[]: type path
+linux.timeOffsets.monotonic: secs nanosecs
+linux.timeOffsets.boottime: secs nanosecs
+linux.devices[]: path type major minor fileMode uid gid
+linux.personality: domain flags
+linux.seccomp: defaultAction defaultErrnoRet architectures flags listenerPath listenerMetadata
+linux.seccomp.syscalls[]: names action errnoRet
+linux.seccomp.syscalls[].args[]: index value valueTwo op
+linux.resources: unified
+linux.resources.devices[]: allow type major minor access
+linux.resources.memory: limit reservation swap kernel kernelTCP swappiness disableOOMKiller useHierarchy checkBeforeUpdate
+linux.resources.cpu: shares quota burst period realtimeRuntime realtimePeriod cpus mems idle
+linux.resources.pids: limit
+linux.resources.blockIO: weight leafWeight
+linux.resources.blockIO.weightDevice[]: major minor weight leafWeight
+linux.resources.blockIO.throttleReadBpsDevice[]: major minor rate
+linux.resources.blockIO.throttleWriteBpsDevice[]: major minor rate
+linux.resources.blockIO.throttleReadIOPSDevice[]: major minor rate
+linux.resources.blockIO.throttleWriteIOPSDevice[]: major minor rate
+linux.resources.hugepageLimits[]: pageSize limit
+linux.resources.network: classID
+linux.resources.network.priorities[]: name priority
+linux.resources.rdma{}: hcaHandles hcaObjects
+"""
+ROWS = [line.split(" ") for line in chibishim.OCI_FIELDS.strip().splitlines()]
+
+
+def test_the_table_has_every_field_of_the_specification():                  # N13
+    wanted = {(parent + "." + name).lstrip(".") for parent, _, names in (line.partition(":") for line in SPECIFICATION.strip().splitlines())
+              for name in names.split()}
+    assert sorted(row[0] for row in ROWS) == sorted(wanted)
+    assert all(row[2] in ("applied", "refused", "ignored") for row in ROWS)
+
+
+def config_of(path, value):
+    """A config.json with a value at a path of the table."""
+    config = config_with()
+    place = config
+    *parents, last = path.split(".")
+    for name in parents:
+        key = name.rstrip("[]{}")
+        if name.endswith("[]"):
+            place[key] = [{}]
+            place = place[key][0]
+        elif name.endswith("{}"):
+            place = place.setdefault(key, {}).setdefault("any", {})
+        else:
+            place = place.setdefault(key, {})
+    place[last] = value
+    return config
+
+
+@pytest.mark.parametrize("path, type, fate", ROWS)
+def test_a_field_has_the_fate_that_the_table_says(path, type, fate):         # N12, N13
+    name = path.replace("[]", "[0]").replace("{}", ".any").replace("[", r"\[").replace(".", r"\.")
+    asking = {"string": "x", "int": 1, "object": {"x": 1}}.get(type, ["x"])
+    if fate == "refused":
+        with pytest.raises(chibishim.ConfigError, match=name + " is not supported"):
+            chibishim.check_config(config_of(path, asking))
+        chibishim.check_config(config_of(path, {"string": "", "int": 0, "object": {}}.get(type, [])))
+    elif fate == "applied":
+        with pytest.raises(chibishim.ConfigError, match="config.json: %s" % name):
+            chibishim.check_config(config_of(path, 1.5))
+    else:
+        chibishim.check_config(config_of(path, {"bool": True}.get(type, asking)))
+
+
+LABEL = "system_u:object_r:container_file_t:s0:c1,c2"
+
+
+def test_file_systems_are_mounted_with_the_label_that_is_asked_for():
+    setup = chibishim.Setup(None, None, None, -1, -1)
+    assert chibishim.labelled(setup, "tmpfs", "size=64k") == "size=64k"
+    setup.label = LABEL
+    assert chibishim.labelled(setup, "tmpfs", "size=64k") == 'size=64k,context="%s"' % LABEL
+    assert chibishim.labelled(setup, "devpts", "") == 'context="%s"' % LABEL
+    for type in ("proc", "sysfs", "mqueue"):
+        assert chibishim.labelled(setup, type, "") == ""
+
+
+def test_a_label_comes_before_all_mounts_and_has_no_quotation_mark():
+    names = [step[0] for step in plan_of(mountLabel=LABEL)]
+    assert names.index("mount_label") < names.index("prepare_root") and "mount_label" not in [step[0] for step in plan_of(mountLabel="")]
+    with pytest.raises(chibishim.ConfigError, match="mountLabel"):
+        plan_of(mountLabel='x",mode=777,y="')
+
+
+def test_a_label_that_nobody_would_heed_is_refused():
+    if "selinuxfs" in chibishim.read_text("/proc/filesystems"):
+        pytest.skip("this kernel has SELinux")
+    with pytest.raises(chibishim.ContainerError, match="linux.mountLabel .*SELinux"):
+        chibishim.perform([("mount_label", LABEL)], chibishim.Setup(None, None, None, -1, -1))

@@ -763,6 +763,39 @@ def test_a_file_system_that_cannot_map_ids_is_named(bundle):
     assert "/proc/sys with mapped ids" in text and "change the files' owners" in text
 
 
+@needs_busybox
+def test_labels_of_selinux_are_applied(bundle):
+    """Takes SELinux and a policy that knows the labels in CHIBISHIM_LABELS: of a process, then of its files."""
+    labels = os.environ.get("CHIBISHIM_LABELS", "").split()
+    if len(labels) != 2 or not os.path.exists("/sys/fs/selinux/enforce"):
+        pytest.skip("*** no SELinux, or no labels in CHIBISHIM_LABELS: labels are NOT applied in any test")
+    rootfs = os.path.join(bundle.path, "rootfs")
+    shutil.copy("/bin/busybox", rootfs)
+    bundle.config["mounts"] += [{"destination": "/t", "type": "tmpfs", "source": "tmpfs"}, {"destination": "/q", "type": "mqueue", "source": "mqueue"}]
+    bundle.config["linux"].update(mountLabel=labels[1], maskedPaths=["/proc/scsi"])
+    bundle.config["process"].update(selinuxLabel=labels[0], args=["/busybox", "cat", "/proc/self/attr/current"],
+                                    noNewPrivileges=False)          # it takes more of a policy
+    pid = bundle.start().create()
+    with open("/proc/%d/attr/exec" % pid) as file:
+        assert file.read().strip("\0\n") == labels[0]
+    for path in ("/t", "/q", "/proc/scsi")[:2 + os.path.isdir("/proc/scsi")]:
+        assert os.getxattr("/proc/%d/root%s" % (pid, path), "security.selinux").strip(b"\0").decode() == labels[1]
+    bundle.call("Start")
+    assert bundle.call("Wait")["exit_status"] == 0
+    with open(bundle.output) as file:
+        assert file.read().strip("\0\n") == labels[0]
+
+
+def test_a_wasm_guest_has_its_label_of_selinux(bundle):
+    labels = os.environ.get("CHIBISHIM_LABELS", "").split()
+    if len(labels) != 2 or not os.path.exists("/sys/fs/selinux/enforce"):
+        pytest.skip("*** no SELinux, or no labels in CHIBISHIM_LABELS: labels are NOT applied in any test")
+    bundle.config["process"]["selinuxLabel"] = labels[0]
+    pid = bundle.start().create()
+    with open("/proc/%d/attr/current" % pid) as file:
+        assert file.read().strip("\0\n") == labels[0]
+
+
 def test_the_guest_dies_with_its_shim(bundle):
     pid = bundle.start().create()
     bundle.call("Start")
