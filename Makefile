@@ -6,7 +6,7 @@ TIER   ?= auto
 SHIM   := dist/containerd-shim-chibiwasm-v1
 PEERS  := containerd runc wabt protobuf-compiler busybox-static
 
-.PHONY: all build demo test modules spec wasi programs fuzz fuzz-native e2e bench install uninstall clean
+.PHONY: all build demo test modules spec wasi programs fuzz fuzz-native soak e2e bench install uninstall clean
 
 all build: $(SHIM)
 
@@ -55,6 +55,10 @@ wasi:
 
 programs: $(SHIM)
 	SHARED=$(SHARED) $(PYTHON) tests/run_programs.py --shim=$(SHIM)
+
+# Containers through a containerd, with deaths at bad moments: nothing may be left. With CYCLES=, SEED=.
+soak: .venv/ready $(SHIM)
+	.venv/bin/python tests/soak.py $(or $(CYCLES),1000) $(SEED)
 
 # containerd 1.6, 1.7 and 2.1 with ctr, Docker and the CRI, case by case, where the lab's data is.
 e2e: $(SHIM)

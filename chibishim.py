@@ -12874,7 +12874,7 @@ class TaskService:
         self.publish = publish
         self.containers = {}
         self.children = {}              # pid -> function(wait status)
-        self.used = False               # a Create has come
+        self.vacant = Event()           # the last container has gone
         self.stop = False
 
     def container(self, id):
@@ -12897,7 +12897,6 @@ class TaskService:
 
     def Create(self, request):
         id = request["id"]
-        self.used = True
         if self.stop:
             raise RpcError(UNAVAILABLE, "the shim is shutting down")
         if id in self.containers:
@@ -12917,7 +12916,7 @@ class TaskService:
             raise RpcError(UNKNOWN_ERROR, "create container %s: %s" % (id, text)) from None
         finally:
             if not container.init.kind:
-                self.containers.pop(id, None)
+                self.forget(container)
             container.made.happen()
         names = container.init.io.names
         container.init.announced = True
@@ -12945,7 +12944,7 @@ class TaskService:
         spec = config["process"]
         yield from self.open_streams(container, init, spec)
         self.fork(container, init, spec, steps, namespaces(config))
-        record_init(bundle, container)
+        record(bundle, ["init %d %s" % (init.pid, process_start_time(init.pid))])
         if config.get("hooks"):
             yield from self.hear(init)  # b"R"
             yield from self.run_hooks(container, "prestart", "creating")
@@ -12970,6 +12969,7 @@ class TaskService:
             return None
         cgroup = cgroup_of(linux.get("cgroupsPath"), container.id, cgroup_mounts(mount_table()))
         container.cgroup = cgroup
+        record(container.bundle, ["cgroup %s %s" % pair for pair in cgroup.directories.items()])
         cgroup.create()
         container.oom_kills = cgroup.oom_kills()        # of another container's, if it was there
         resources = linux.get("resources") or {}
@@ -13187,10 +13187,16 @@ class TaskService:
                 yield from end_logger(process.io)
             return {"pid": process.pid, "exit_status": process.exit_status, "exited_at": process.exited_at}
         yield from self.tear_down(container)
-        self.containers.pop(container.id, None)
+        self.forget(container)
         answer = {"pid": process.pid, "exit_status": process.exit_status, "exited_at": process.exited_at}
         self.publish("/tasks/delete", "TaskDelete", {"container_id": container.id, **answer})
         return answer
+
+    def forget(self, container):
+        """The container is no more."""
+        self.containers.pop(container.id, None)
+        if not self.containers:
+            self.vacant.happen()
 
     def kill_and_wait(self, process):
         """SIGKILL, and until the process is reaped."""
@@ -13241,8 +13247,9 @@ class TaskService:
         return {"exit_status": process.exit_status, "exited_at": process.exited_at}
 
     def Connect(self, request):
-        container = self.containers.get(request["id"])
-        return {"shim_pid": os.getpid(), "task_pid": container.init.pid if container else 0, "version": VERSION}
+        """NotFound is how a containerd that was away learns that the task went meanwhile: 1.6 asks nothing else."""
+        container = self.container(request["id"])
+        return {"shim_pid": os.getpid(), "task_pid": container.init.pid, "version": VERSION}
 
     def Pids(self, request):
         container = self.container(request["id"])
@@ -13638,12 +13645,12 @@ def in_user_namespace():
     return read_text("/proc/self/uid_map", "0 0 4294967295").split() != ["0", "0", "4294967295"]
 
 
-def record_init(bundle, container):
-    """Writes what `delete` needs if the shim dies: init's pid and start time, the cgroup's
-    controllers and their directories. Written before the child does anything that would need undoing."""
-    lines = ["%d %s" % (container.init.pid, process_start_time(container.init.pid))]
-    lines += ["%s %s" % pair for pair in container.cgroup.directories.items()] if container.cgroup else []
-    write_text(os.path.join(bundle, "init.pid"), "\n".join(lines) + "\n")
+def record(bundle, lines):
+    """Adds lines to init.pid, which tells `delete` what to undo if the shim dies, and so before
+    there is anything to undo: "cgroup", a controller, its directory; "init", a pid, its start time."""
+    fd = os.open(os.path.join(bundle, "init.pid"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    os.write(fd, os.fsencode("\n".join(lines) + "\n"))         # in one piece: it is there, or not
+    os.close(fd)
 
 
 def forget_init(bundle):
@@ -13754,7 +13761,9 @@ SHIM_FLAGS = ("namespace", "id", "address", "publish-binary", "bundle", "socket"
 SHIM_SWITCHES = ("debug", "info", "v", "version")
 OPTIONS_TYPES = {"containerd.runc.v1.Options": "RuncOptions", "containerd.linux.runc.CreateOptions": "LinuxOptions"}
 FEATURES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
-UNUSED_EXIT_S = 300                     # nobody created a container: containerd has given up
+UNUSED_EXIT_S = 300                     # so long without a container: containerd has forgotten us
+BUNDLE_CHECK_S = 2
+PROBE_S = 1
 FLUSH_S = 3
 EVENT_TIMEOUT_S = 5
 MAX_EVENTS = 2048
@@ -13870,11 +13879,10 @@ def enter_cgroup(path):
     found.enter()
 
 
-def group_of(id):
-    """What containers share a shim by: an annotation in the bundle (the working directory),
-    or the container's own id."""
+def group_of(id, bundle="."):
+    """What containers share a shim by: an annotation in the bundle, or the container's own id."""
     try:
-        annotations = read_config(".").get("annotations") or {}
+        annotations = read_config(bundle).get("annotations") or {}
     except (ContainerError, ConfigError):
         return id                       # Create will say what is wrong with it
     return next((annotations[name] for name in GROUP_ANNOTATIONS if annotations.get(name)), id)
@@ -13963,8 +13971,9 @@ def detach(flags, listener, path):
         os.dup2(null, 1)
         os.dup2(stderr, 2)
         close_all_but(0, 1, 2, listener.fileno())
+        bundle = os.getcwd()
         os.chdir("/")
-        Shim(flags, listener, path).serve()
+        Shim(flags, listener, path, bundle).serve()
         code = 0
     except Exception:
         log_exception()
@@ -13975,10 +13984,11 @@ def detach(flags, listener, path):
 class Shim:
     """The daemon: sockets on one side, the task service on the other."""
 
-    def __init__(self, flags, listener, path):
+    def __init__(self, flags, listener, path, bundle):
         self.flags = flags
         self.listener = listener
         self.path = path
+        self.bundle = bundle            # of the first container
         self.loop = Loop(forgiving=True)
         self.events = []                # encoded ForwardRequests, the oldest first
         self.news = Event()
@@ -13986,7 +13996,7 @@ class Shim:
         self.methods = {(service, method): method for service in TASK_SERVICES for method in TASK_METHODS}
 
     def serve(self):
-        """Runs until containerd shuts us down or nobody ever wanted us."""
+        """Runs until containerd shuts us down or nobody wants us any more."""
         import _signal
         import gc
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -14018,10 +14028,18 @@ class Shim:
         return any(connection.out for connection in Connection.open)
 
     def give_up(self):
-        """A daemon that no Create ever reaches leaks; containerd does not end it."""
-        yield None, UNUSED_EXIT_S
-        if not self.tasks.used:
-            self.tasks.stop = True
+        """Ends a daemon that containerd will not end: it gave up during `start`, and removed the bundle,
+        or died between Delete and Shutdown."""
+        seconds = 0
+        while not self.tasks.stop:
+            if self.tasks.containers:
+                self.tasks.vacant = Event()
+                yield self.tasks.vacant, None
+                seconds = 0
+            yield None, BUNDLE_CHECK_S
+            seconds += BUNDLE_CHECK_S
+            if not self.tasks.containers and (seconds >= UNUSED_EXIT_S or not os.path.exists(self.bundle)):
+                self.tasks.stop = True
 
     def reap(self, wake):
         """SIGCHLD arrives as a byte in a pipe."""
@@ -14282,15 +14300,13 @@ def shim_delete(flags):
     """delete: whatever a container left. Runs after every removal and after crashes, any
     number of times, and concerns this one container only: its pod's daemon may be alive."""
     bundle = flags.get("bundle") or os.path.join(os.path.dirname(os.getcwd()), flags["id"])
-    lines = read_text(os.path.join(bundle, "init.pid"), "").splitlines()
-    pid = 0
-    if lines:
-        pid, _, start = lines[0].partition(" ")
-        pid = int(pid)
-        cgroup = Cgroup(dict(line.split(" ", 1) for line in lines[1:]))
+    records = [line.split(" ", 2) for line in read_text(os.path.join(bundle, "init.pid"), "").splitlines()]
+    pid = next((int(words[1]) for words in records if words[0] == "init"), 0)
+    if records:
+        cgroup = Cgroup({words[1]: words[2] for words in records if words[0] == "cgroup"})
         for _ in cgroup.kill():         # first, as it thaws a paused container
             time.sleep(0.005)
-        if str(process_start_time(pid)) == start:
+        if ["init", str(pid), str(process_start_time(pid))] in records:
             kill_process(pid)
         for _ in range(100):
             if cgroup.remove():
@@ -14298,7 +14314,7 @@ def shim_delete(flags):
             time.sleep(0.01)
         run_poststop(flags["id"], bundle, pid)
     unmount_all(os.path.join(os.path.realpath(bundle), "rootfs"))
-    remove_dead_socket(bundle)
+    remove_dead_socket(bundle, flags)
     os.write(1, encode("DeleteResponse", {"pid": pid, "exit_status": 128 + SIGKILL, "exited_at": timestamp(time.time())}))
     return 0
 
@@ -14332,21 +14348,30 @@ def kill_process(pid):
         os.close(pidfd)
 
 
-def remove_dead_socket(bundle):
-    """The daemon's socket, if nobody listens there any more."""
+def remove_dead_socket(bundle, flags):
+    """The daemon's socket, if the daemon is dead. Its address may not have been written yet, and a
+    child that it had just forked may hold the socket for a moment, but will not answer."""
     import _socket
     path = read_text(os.path.join(bundle, "address"), "")[len("unix://"):]
-    if not path:
-        return
-    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    try:
-        probe.connect(path)
-    except ConnectionRefusedError:
-        os.unlink(path)
-    except OSError:
-        pass
-    finally:
-        probe.close()
+    if not path and flags.get("address"):
+        path = socket_path(SOCKET_DIRECTORY, flags["address"], flags["namespace"], group_of(flags["id"], bundle))
+    for _ in range(2):
+        probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        probe.settimeout(PROBE_S)
+        try:
+            probe.connect(path)
+            probe.sendall(request_frame(1, TASK_SERVICES[0], "Connect", b""))
+            if probe.recv(1):
+                return                  # it lives, for other containers
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except (ConnectionResetError, BrokenPipeError):
+            pass                        # closed with the last one that had it: refused from now on
+        except OSError:
+            return
+        finally:
+            probe.close()
 
 
 # === 23. Without containerd ===================================================

@@ -102,8 +102,8 @@ class Containerd:
         for id in self.ctr("container", "ls", "-q").stdout.decode().split():
             self.ctr("container", "rm", id)
 
-    def shims(self):
-        """Process ids of our shims that serve this daemon."""
+    def shim_words(self):
+        """(pid, words of the command line) of our shims that serve this daemon, and of what they forked."""
         found = []
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
@@ -112,23 +112,29 @@ class Containerd:
             except OSError:
                 continue
             if any(b"shim-chibiwasm" in word for word in words) and self.address.encode() in words:
-                found.append(int(pid))
+                found.append((int(pid), words))
         return found
 
-    def leftovers(self, seconds=5):
+    def shims(self):
+        """Their process ids."""
+        return [pid for pid, _ in self.shim_words()]
+
+    def leftovers(self, seconds=5, keep=None, alive=()):
         """What is still there of ended containers, after so long at most: processes, mounts,
-        cgroups, bundles, sockets."""
+        cgroups, bundles. A container `keep` may be there, with its processes `alive`."""
         deadline = time.monotonic() + seconds
         while True:
-            found = ["process %d" % pid for pid in self.shims()]
+            found = ["process %d" % pid for pid in self.shims() if pid not in alive]
             with open("/proc/self/mounts") as mounts:
                 found += ["mount " + line.split()[1] for line in mounts
-                          if self.directory in line.split()[1] and not line.split()[1].endswith("/shm")]
+                          if self.directory in line.split()[1] and not line.split()[1].endswith("/shm")
+                          and "/%s/" % keep not in line.split()[1]]
             state = os.path.join(self.directory, "state", "io.containerd.runtime.v2.task", "default")
-            found += ["bundle " + name for name in (os.listdir(state) if os.path.isdir(state) else [])]
+            found += ["bundle " + name for name in (os.listdir(state) if os.path.isdir(state) else [])
+                      if name != keep and name[0] != "."]        # a containerd killed while it removes one leaves it by this name
             for top, directories, _ in os.walk("/sys/fs/cgroup"):
                 if os.path.basename(top) == "default":
-                    found += ["cgroup %s/%s" % (top, name) for name in directories if name.startswith(PREFIX)]
+                    found += ["cgroup %s/%s" % (top, name) for name in directories if name.startswith(PREFIX) and name != keep]
                 if top.count("/") > 5:
                     directories.clear()
             if not found or time.monotonic() > deadline:
@@ -136,7 +142,7 @@ class Containerd:
             time.sleep(0.1)
 
 
-PREFIX = "chibitest-"
+PREFIX = "chibitest-%d-" % os.getpid()  # cgroups are the machine's, whatever the daemon: others may be testing too
 
 
 def image_of(programs, entrypoint, reference, path):

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 
 import pytest
@@ -74,6 +75,15 @@ class Bundle:
     def create(self):
         return self.call("Create", bundle=self.path, stdout="file://" + self.output)["pid"]
 
+    def processes(self):
+        """The daemons of this directory and what they forked."""
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            words = chibishim.read_text("/proc/%s/cmdline" % pid, "").split("\0")
+            if self.directory + "/none" in words:
+                found.append(int(pid))
+        return found
+
     def fails(self, code, method, **message):
         with pytest.raises(RpcError) as caught:
             self.call(method, **message)
@@ -87,7 +97,8 @@ def bundle():
         made = Bundle(directory)
         yield made
         made.command("delete")
-        subprocess.run(["pkill", "-KILL", "-f", "--", "-address %s/none" % directory])      # an idle shim waits for minutes
+        for pid in made.processes():    # an idle shim waits for minutes
+            os.kill(pid, 9)
         for parent in glob.glob("/sys/fs/cgroup/*/" + GROUP) + glob.glob("/sys/fs/cgroup/" + GROUP):
             os.rmdir(parent)            # fails where a container's cgroup is left
         assert all(directory not in line for line in open("/proc/self/mounts"))
@@ -277,7 +288,7 @@ def test_every_method_answers_for_an_unknown_container(bundle, method):
     stream = bundle.send(method, {"id": "nobody"})
     answered, body = bundle.receive()
     assert answered == stream
-    if method not in ("Shutdown", "Connect", "Create"):
+    if method not in ("Shutdown", "Create"):
         with pytest.raises(RpcError) as caught:
             chibishim.response_payload(body)
         assert caught.value.args[0] in (chibishim.NOT_FOUND, chibishim.UNIMPLEMENTED)
@@ -808,9 +819,106 @@ def test_the_guest_dies_with_its_shim(bundle):
 
 
 def test_a_shim_without_containers_ends_at_shutdown(bundle):
-    shim = bundle.start().call("Connect")["shim_pid"]
-    bundle.send("Shutdown", {"id": bundle.id})
-    deadline = time.monotonic() + 5
-    while os.path.exists("/proc/%d" % shim) and time.monotonic() < deadline:
+    bundle.start().send("Shutdown", {"id": bundle.id})
+    until(lambda: not bundle.processes())
+    assert not os.path.exists(bundle.peer.getpeername())
+
+
+def until(condition, seconds=10):
+    """Waits for a condition, or fails."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not true after %d s" % seconds
         time.sleep(0.02)
-    assert not os.path.exists("/proc/%d" % shim) and not os.path.exists(bundle.peer.getpeername())
+
+
+# -- what a death at a bad moment left (L4, L5): each was found by soak.py --
+
+@pytest.mark.parametrize("used", [False, True], ids=["before Create", "between Delete and Shutdown"])
+def test_a_shim_ends_when_containerd_removes_its_bundle_and_wants_nothing_more(bundle, used):
+    "L5: a containerd that gives up during `start`, or dies after Delete, sends no Shutdown"
+    bundle.start()
+    if used:
+        bundle.create()
+        bundle.call("Delete")
+    time.sleep(0.2)
+    assert bundle.processes()
+    shutil.rmtree(bundle.path)
+    until(lambda: not bundle.processes())
+    assert not os.path.exists(bundle.peer.getpeername())
+    os.makedirs(bundle.path)            # for the fixture
+
+
+def test_a_shim_with_a_container_does_not_need_its_first_bundle(bundle):
+    "L12: a pod goes on without its first container"
+    bundle.start()
+    second = Bundle(bundle.directory)
+    second.command("delete")            # writes the configuration
+    second.peer, second.reader, second.stream, second.answers = bundle.peer, bundle.reader, bundle.stream, bundle.answers
+    second.create()
+    shutil.rmtree(bundle.path)
+    time.sleep(chibishim.BUNDLE_CHECK_S + 1)
+    assert second.call("State")["status"] == chibishim.CREATED
+    second.call("Delete")
+    os.makedirs(bundle.path)            # for the fixture
+
+
+def test_connect_is_refused_for_what_is_not_there(bundle):
+    "L9: containerd 1.6 asks only this after a restart, and keeps what answers"
+    bundle.start().fails(chibishim.NOT_FOUND, "Connect")
+    pid = bundle.create()
+    assert bundle.call("Connect")["task_pid"] == pid
+    bundle.call("Delete")
+    bundle.fails(chibishim.NOT_FOUND, "Connect")
+
+
+def test_the_cgroup_is_recorded_before_it_is_made(tmp_path, monkeypatch):
+    "L4"
+    container = chibishim.Container("c", str(tmp_path))
+    container.config = {"linux": {"cgroupsPath": "/%s/c" % GROUP}}
+
+    def create(cgroup):
+        with open(tmp_path / "init.pid") as file:
+            assert file.read().splitlines() == ["cgroup %s %s" % pair for pair in cgroup.directories.items()]
+        raise InterruptedError
+    monkeypatch.setattr(chibishim.Cgroup, "create", create)
+    with pytest.raises(InterruptedError):
+        chibishim.TaskService(None, None, "test").make_cgroup(container, False)
+
+
+def test_delete_removes_the_cgroup_of_a_shim_that_died_before_its_first_process(bundle):
+    "L4"
+    hierarchy = next(line.split()[1] for line in open("/proc/self/mounts") if line.split()[2] in ("cgroup", "cgroup2"))
+    directory = os.path.join(hierarchy, GROUP, bundle.id)
+    os.makedirs(directory)
+    chibishim.record(bundle.path, ["cgroup any " + directory])
+    assert bundle.command("delete").returncode == 0
+    assert not os.path.exists(directory)
+
+
+def test_delete_removes_a_dead_socket_whose_address_was_not_written(bundle, monkeypatch):
+    "L4"
+    monkeypatch.setattr(chibishim, "SOCKET_DIRECTORY", bundle.directory)
+    flags = {"address": bundle.directory + "/none", "namespace": "test", "id": bundle.id}
+    path = chibishim.socket_path(bundle.directory, flags["address"], "test", bundle.id)
+    socket.socket(socket.AF_UNIX).bind(path)
+    chibishim.remove_dead_socket(bundle.path, flags)
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_delete_leaves_the_socket_of_a_shim_that_answers_and_only_that(bundle, alive):
+    "L4, L12: a child that a dead shim had just forked holds its socket for a moment"
+    bundle.start()
+    path = bundle.peer.getpeername()
+    if not alive:
+        for pid in bundle.processes():
+            os.kill(pid, 9)
+        until(lambda: not bundle.processes())
+        os.unlink(path)
+        holder = socket.socket(socket.AF_UNIX)
+        holder.bind(path)
+        holder.listen()
+        threading.Timer(0.2, holder.close).start()
+    assert bundle.command("delete").returncode == 0
+    assert os.path.exists(path) == alive
