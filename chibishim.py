@@ -9993,6 +9993,7 @@ DEVICE_LINKS = (
 )
 DEVICE_TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}
 RLIMITS = ("CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME").split()
+CAPABILITY_SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")
 MAX_ID = (1 << 32) - 2                  # uid_t -1 means "leave as it is"
 
 
@@ -10077,7 +10078,7 @@ def check_field(value, path, type, fate, where):
 
 
 def check_type(value, type, where):
-    """ConfigError if the value is not of the table's type; no string may hold a NUL."""
+    """ConfigError if the value is not of the table's type; strings are is_text."""
     if type.startswith("["):
         if value.__class__ is not list:
             raise ConfigError("%s is %s, not a list" % (where, value.__class__.__name__))
@@ -10088,8 +10089,16 @@ def check_type(value, type, where):
         raise ConfigError("%s is %s, not %s" % (where, value.__class__.__name__, type))
     strings = [value] if type == "string" else list(value) + list(value.values()) if type == "map" else ()
     for text in strings:
-        if text.__class__ is not str or "\0" in text:
+        if not is_text(text):
             raise ConfigError("%s holds something that is no string without NUL" % where)
+
+
+def is_text(value):
+    """Whether the kernel can take this: a string without NUL and without half a surrogate pair, which has no UTF-8."""
+    try:
+        return value.__class__ is str and b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def namespaces(config):
@@ -10377,6 +10386,16 @@ SCHEDULER_FLAGS = {"SCHED_FLAG_RESET_ON_FORK": 1, "SCHED_FLAG_RECLAIM": 2, "SCHE
 IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
 
 
+def process_user(user):
+    """(uid, gid, further gids, umask) of process.user."""
+    uid, gid, groups = user.get("uid") or 0, user.get("gid") or 0, tuple(user.get("additionalGids") or ())
+    umask = 0o022 if user.get("umask") is None else user["umask"]
+    for field, numbers, limit in (("uid", (uid,), MAX_ID), ("gid", (gid,), MAX_ID), ("additionalGids", groups, MAX_ID), ("umask", (umask,), 0o777)):
+        if not all(0 <= number <= limit for number in numbers):
+            raise ConfigError("config.json: process.user.%s: not in 0…%d" % (field, limit))
+    return uid, gid, groups, umask
+
+
 def plan_process(process, linux):
     """What the process gives up or takes on, in the one order that works: limits while we
     are root, the bounding set before the identity, capabilities after it; the personality
@@ -10386,19 +10405,16 @@ def plan_process(process, linux):
     steps = plan_rlimits(process) + plan_scheduling(process)
     seccomp = linux.get("seccomp")
     filters = [] if seccomp is None else [plan_seccomp(seccomp, os.uname().machine)]
-    user = process.get("user") or {}
-    identity = [user.get("uid") or 0, user.get("gid") or 0] + list(user.get("additionalGids") or ())
-    if not all(0 <= number <= MAX_ID for number in identity):
-        raise ConfigError("config.json: process.user: an id is not in 0…%d" % MAX_ID)
-    sets = {name: capability_mask(names) for name, names in (process.get("capabilities") or {}).items()}
-    steps.append(("session_keyring", identity[0], identity[1]))
+    uid, gid, groups, umask = process_user(process.get("user") or {})
+    sets = {name: capability_mask((process.get("capabilities") or {}).get(name) or ()) for name in CAPABILITY_SETS}
+    steps.append(("session_keyring", uid, gid))
     if not process.get("noNewPrivileges"):
         steps += filters
-    steps.append(("bounding", sets.get("bounding", 0)))
+    steps.append(("bounding", sets["bounding"]))
     steps.append(("make_cwd", process.get("cwd") or "/"))
-    steps.append(("identity", identity[0], identity[1], tuple(identity[2:]), user.get("umask", 0o022)))
+    steps.append(("identity", uid, gid, groups, umask))
     steps.append(("cwd", process.get("cwd") or "/"))
-    steps.append(("capabilities",) + tuple(sets.get(name, 0) for name in ("effective", "permitted", "inheritable", "ambient")))
+    steps.append(("capabilities",) + tuple(sets[name] for name in CAPABILITY_SETS[1:]))
     if process.get("noNewPrivileges"):
         steps.append(("no_new_privs",))
     steps += plan_personality(linux) + [("payload", process), ("labels",)]
@@ -12910,9 +12926,11 @@ class TaskService:
         self.containers[id] = container
         try:
             yield from self.set_up(container, request["rootfs"])
-        except (ContainerError, ConfigError, OSError) as error:
-            text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        except Exception as error:      # a defect of this module too leaves nothing behind
             yield from self.tear_down(container)
+            if not isinstance(error, (ContainerError, ConfigError, OSError)):
+                raise
+            text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             raise RpcError(UNKNOWN_ERROR, "create container %s: %s" % (id, text)) from None
         finally:
             if not container.init.kind:
@@ -12956,7 +12974,7 @@ class TaskService:
         """Opens a process's streams, those to a logger when it is there; a terminal has its size from the start."""
         size = spec.get("consoleSize") or {}
         if not process.io.size:
-            process.io.resize(size.get("width") or 0, size.get("height") or 0)
+            process.io.resize((size.get("width") or 0) & 0xFFFF, (size.get("height") or 0) & 0xFFFF)
         if process.io.names["stdout"].startswith("binary://"):
             yield from start_logger(process.io, container.id, self.namespace, self.children)
         process.io.open(own_terminal(container.config, spec))

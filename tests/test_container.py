@@ -1,6 +1,8 @@
 """Chapters 18 to 21: what becomes of config.json, of cgroups and of the container's process."""
 
+import json
 import os
+import random
 
 import pytest
 
@@ -45,6 +47,7 @@ def test_ids_are_mapped_by_the_ranges():
 
 @pytest.mark.parametrize("name", ["NOFILE", "RLIMIT_", "RLIMIT_FILES", ""])
 def test_an_unknown_resource_limit_is_refused(name):
+    "N8"
     with pytest.raises(chibishim.ConfigError, match="rlimits"):
         chibishim.plan_rlimits({"rlimits": [{"type": name, "soft": 1, "hard": 1}]})
 
@@ -54,12 +57,14 @@ def test_an_unknown_resource_limit_is_refused(name):
     ("net/ipv4/conf/eth0.1/rp_filter", "net/ipv4/conf/eth0.1/rp_filter"), ("fs.mqueue.msg_max", "fs/mqueue/msg_max"),
     ("net.ipv4.conf.eth0/1.rp_filter", "net/ipv4/conf/eth0.1/rp_filter")])
 def test_parameters_of_own_namespaces_are_set(name, path):
+    "N8"
     assert [step[1:3] for step in plan_of(sysctl={name: "1"}) if step[0] == "sysctl"] == [(path, "1")]
 
 
 @pytest.mark.parametrize("name", [
     "kernel.panic", "kernel.core_pattern", "vm.overcommit_memory", "kernel.msgmax2", "net/../kernel/panic", "/net/x", "net", ""])
 def test_parameters_of_the_host_are_refused(name):
+    "N8"
     with pytest.raises(chibishim.ConfigError, match="sysctl"):
         plan_of(sysctl={name: "1"})
 
@@ -131,6 +136,7 @@ def test_root_sees_to_the_working_directory_before_it_is_the_user():
 
 @pytest.mark.parametrize("word, steps", [("rshared", 1), ("shared", 1), ("unbindable", 1), ("rslave", 0), ("private", 0)])
 def test_the_new_root_is_shared_if_asked(word, steps):
+    "N9"
     assert sum(step[0] == "propagation" for step in plan_of(rootfsPropagation=word)) == steps
 
 
@@ -738,33 +744,43 @@ linux.resources.rdma{}: hcaHandles hcaObjects
 ROWS = [line.split(" ") for line in chibishim.OCI_FIELDS.strip().splitlines()]
 
 
-def test_the_table_has_every_field_of_the_specification():                  # N13
+def test_the_table_has_every_field_of_the_specification():
+    "N13"
     wanted = {(parent + "." + name).lstrip(".") for parent, _, names in (line.partition(":") for line in SPECIFICATION.strip().splitlines())
               for name in names.split()}
     assert sorted(row[0] for row in ROWS) == sorted(wanted)
     assert all(row[2] in ("applied", "refused", "ignored") for row in ROWS)
 
 
-def config_of(path, value):
-    """A config.json with a value at a path of the table."""
-    config = config_with()
-    place = config
+def put(config, path, value):
+    """Sets a field of OCI_FIELDS's notation, in the first element of each list."""
     *parents, last = path.split(".")
     for name in parents:
         key = name.rstrip("[]{}")
+        inner = config.get(key)
         if name.endswith("[]"):
-            place[key] = [{}]
-            place = place[key][0]
-        elif name.endswith("{}"):
-            place = place.setdefault(key, {}).setdefault("any", {})
+            if inner.__class__ is not list or not inner or inner[0].__class__ is not dict:
+                config[key] = [{}]
+            config = config[key][0]
         else:
-            place = place.setdefault(key, {})
-    place[last] = value
+            if inner.__class__ is not dict:
+                config[key] = {}
+            config = config[key]
+            if name.endswith("{}"):
+                config["any"] = config = {}
+    config[last] = value
+
+
+def config_of(path, value):
+    """A config.json with a value at a path of the table."""
+    config = config_with()
+    put(config, path, value)
     return config
 
 
 @pytest.mark.parametrize("path, type, fate", ROWS)
-def test_a_field_has_the_fate_that_the_table_says(path, type, fate):         # N12, N13
+def test_a_field_has_the_fate_that_the_table_says(path, type, fate):
+    "N12, N13"
     name = path.replace("[]", "[0]").replace("{}", ".any").replace("[", r"\[").replace(".", r"\.")
     asking = {"string": "x", "int": 1, "object": {"x": 1}}.get(type, ["x"])
     if fate == "refused":
@@ -803,3 +819,72 @@ def test_a_label_that_nobody_would_heed_is_refused():
         pytest.skip("this kernel has SELinux")
     with pytest.raises(chibishim.ContainerError, match="linux.mountLabel .*SELinux"):
         chibishim.perform([("mount_label", LABEL)], chibishim.Setup(None, None, None, -1, -1))
+
+
+JSON_VALUES = (None, True, False, 0, -1, 7, 1 << 70, 1.5, "", "x", "a\0b", "\ud800", "CAP_KILL", [], [None], [1], ["x"], [[]], [{}], {}, {"x": 1}, {"x": "y"},
+               {"": None})
+
+
+def test_any_configuration_is_planned_or_refused_with_a_name():
+    "N12"
+    source = random.Random(1)
+    paths = sorted({".".join(path.split(".")[:depth]).rstrip("[]{}") for path, _, _ in ROWS for depth in range(1, 5)})
+    planned = 0
+    for _ in range(4000):
+        config = config_with()
+        for _ in range(source.randrange(1, 4)):
+            put(config, source.choice(paths), json.loads(json.dumps(source.choice(JSON_VALUES))))
+        config = chibishim.parse_json(json.dumps(config), "config.json")
+        try:
+            chibishim.check_config(config)
+            chibishim.plan(config, "/bundle", "/bundle/rootfs")
+            planned += 1
+        except chibishim.ConfigError as error:
+            assert str(error).startswith("config.json: ") and len(str(error)) > 20, error
+        except Exception as error:
+            raise AssertionError("%s: %r" % (json.dumps(config), error)) from error
+    assert 0 < planned < 4000
+
+
+@pytest.mark.parametrize("value", ["a\0b", "\ud800"])
+@pytest.mark.parametrize("path", ["hostname", "process.args", "linux.sysctl", "linux.cgroupsPath"])
+def test_a_string_that_the_kernel_cannot_take_is_named(path, value):
+    "N12"
+    config = config_with()
+    put(config, path, {"process.args": [value], "linux.sysctl": {value: value}}.get(path, value))
+    with pytest.raises(chibishim.ConfigError, match=path):
+        chibishim.check_config(config)
+
+
+def test_a_defect_during_create_leaves_nothing_behind(tmp_path, monkeypatch):
+    "L5"
+    def set_up(service, container, mounts):
+        raise KeyError("nobody expects this")
+        yield
+
+    def tear_down(service, container):
+        undone.append(container.id)
+        yield None, 0.001
+    undone, raised = [], []
+    monkeypatch.setattr(chibishim.TaskService, "set_up", set_up)
+    monkeypatch.setattr(chibishim.TaskService, "tear_down", tear_down)
+    loop = chibishim.Loop()
+    service = chibishim.TaskService(loop, None, "test")
+
+    def create():
+        request = chibishim.decode("CreateTaskRequest", chibishim.encode("CreateTaskRequest", {"id": "c", "bundle": str(tmp_path)}))
+        try:
+            yield from service.Create(request)
+        except KeyError as error:
+            raised.append(error)
+    loop.spawn(create())
+    loop.run(lambda: raised)
+    assert undone == ["c"] and service.containers == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "nul", '{"a":}', "\x00", "[" * 100000, '{"a":' * 100000])
+def test_what_is_no_configuration_is_said(tmp_path, text):
+    "N12"
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(chibishim.ConfigError, match="config.json"):
+        chibishim.check_config(chibishim.read_config(str(tmp_path)))

@@ -124,6 +124,7 @@ def test_a_running_task_is_not_removed_without_force(daemon, id):
 
 
 def test_events_come_in_order(daemon, id):
+    "L1"
     watcher = daemon.popen("events")
     time.sleep(0.5)
     daemon.run(HELLO, id, check=True)
@@ -148,6 +149,7 @@ def test_an_exec_that_fails_to_start_never_exits(daemon, native, id, program):
 
 
 def test_a_childs_death_for_want_of_memory_is_an_event_while_init_lives(daemon, native, id):
+    "L8"
     watcher = daemon.popen("events")
     time.sleep(0.5)
     daemon.ctr("run", "-d", "--runtime", RUNTIME, "--memory-limit", "33554432", NATIVE, id, "/bin/busybox", "sh", "-c",
@@ -200,6 +202,7 @@ def test_a_file_that_is_no_program_is_an_error_that_names_it(daemon, native, id)
 
 
 def test_a_killed_shim_leaves_nothing(daemon, id):
+    "L4"
     start(daemon, id, "z")
     pid = daemon.task_pid(id)
     for shim in daemon.shims():
@@ -211,6 +214,7 @@ def test_a_killed_shim_leaves_nothing(daemon, id):
 
 
 def test_a_restarted_containerd_finds_the_task(daemon, id):
+    "L9"
     start(daemon, id, "z")
     pid = daemon.task_pid(id)
     daemon.stop()
@@ -223,6 +227,7 @@ def test_a_restarted_containerd_finds_the_task(daemon, id):
 
 
 def test_a_task_that_ended_while_containerd_was_away_is_stopped(daemon, id):
+    "L9"
     start(daemon, id, "z")
     pid = daemon.task_pid(id)
     daemon.stop()
@@ -232,12 +237,14 @@ def test_a_task_that_ended_while_containerd_was_away_is_stopped(daemon, id):
 
 
 def test_a_hundred_runs_leave_nothing(daemon, id):
+    "L5"
     for number in range(100):
         done = daemon.run(HELLO, "%s-%d" % (id, number))
         assert (done.stdout, done.returncode) == (b"Hello, World!\n", 0), done.stderr
 
 
 def test_twenty_at_once_leave_nothing(daemon, id):
+    "L5"
     results = []
 
     def run(number):
@@ -251,6 +258,7 @@ def test_twenty_at_once_leave_nothing(daemon, id):
 
 
 def test_limits_of_ctr_reach_the_cgroup(daemon, id):
+    "N10"
     start(daemon, id, "z", options=("--memory-limit", "67108864"))
     with open("/proc/%d/cgroup" % daemon.task_pid(id)) as file:
         groups = dict(line.strip().split(":")[1:] for line in file)
@@ -280,6 +288,7 @@ def test_a_native_program_runs_by_its_content(native, id):
 
 
 def test_containerds_default_profile_holds_and_everything_works(daemon, native, id):
+    "N6"
     done = native(id, "busybox grep Seccomp: /proc/self/status; busybox unshare -U busybox true; busybox true", options=["--seccomp"])
     assert (done.stdout, done.returncode) == (b"Seccomp:\t2\n", 0)
     assert b"not permitted" in done.stderr
@@ -288,6 +297,7 @@ def test_containerds_default_profile_holds_and_everything_works(daemon, native, 
 
 
 def test_a_native_program_sees_its_own_namespaces(native, id):
+    "N1, N5, N6"
     done = native(id, "busybox ps | busybox wc -l; busybox hostname; busybox cat /proc/self/status")
     text = done.stdout.decode()
     assert "NoNewPrivs:\t1" in text and "CapEff:\t00000000a80425fb" in text, done.stderr

@@ -1,5 +1,6 @@
 """Chapters 5 to 12: modules from the text format, through the embedding interface."""
 
+import builtins
 import math
 import os
 import random
@@ -200,6 +201,20 @@ def test_a_64_bit_address_beyond_memory_traps(wat, address):
     text = '(module (memory i64 1) (func (export "f") (result i32) (i32.load offset=8 (i64.const %d))))' % address
     with pytest.raises(Trap, match="out of bounds memory access"):
         Instance(Module(wat(text, "--enable-memory64"))).exports["f"]()
+
+
+@pytest.mark.parametrize("tier", ["interpreter", "native"])
+def test_names_and_constants_are_never_code(wat, monkeypatch, tier):
+    "I8"
+    evil = "');__import__('builtins').INJECTED=1#\\n\\\\\\\"%s{0}"
+    text = """(module (import "%s" "%s" (func $i (result i32)))
+        (memory (export "m") 1) (global $g (export "%s g") (mut f64) (f64.const nan:0x%s))
+        (func (export "%s") (result i64 f32) (drop (call $i)) (global.set $g (f64.const -nan:0x%s)) i64.const 0x8000000000000000 f32.const -0x0p0)
+        (@custom "%s" "%s"))""" % (evil, evil, evil, "a" * 13, evil, "b" * 13, evil, evil)
+    name = evil.replace("\\n", "\n").replace('\\"', '"').replace("\\\\", "\\")          # as WebAssembly text has it
+    monkeypatch.setattr(chibishim.Module, "tier", chibishim.choose_tier(tier))
+    instance = Instance(Module(wat(text, "--enable-annotations")), {name: {name: lambda: 1}})
+    assert instance.exports[name]() == (-1 << 63, -0.0) and not hasattr(builtins, "INJECTED")
 
 
 def test_vectors_are_bytes_for_the_embedder(wat):
@@ -403,6 +418,7 @@ def test_wide_frames_exhaust_the_stack_before_the_memory(wat, monkeypatch):
 
 
 def test_mutated_modules_raise_only_what_is_documented():
+    "I3"
     if run_spec.unpacked() is None:
         pytest.skip("no official suite in %s" % run_spec.SPEC)
     tried, findings = fuzz.fuzz(3, 0)

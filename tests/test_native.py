@@ -111,6 +111,7 @@ def test_a_trap_has_the_interpreter_s_text_and_backtrace(wat, tier, name):
 
 
 def test_a_store_across_the_end_of_memory_writes_nothing(native):
+    "I10, I9"
     instance = native("""(module (memory (export "m") 1)
       (func (export "f") (param i32) (i64.store (local.get 0) (i64.const -1)))
       (func (export "v") (param i32) (v128.store (local.get 0) (v128.const i64x2 -1 -1))))""")
@@ -532,6 +533,7 @@ def test_a_trap_is_no_exception(tier):
 
 
 def test_no_page_is_ever_writable_and_executable(native):
+    "I10"
     f = native('(module (func (export "f") (result i32) (i32.const 3)))').exports["f"]
     assert f() == 3 and is_compiled(f)
     with open("/proc/self/maps") as file:
@@ -786,6 +788,7 @@ def test_changing_a_large_table_costs_no_more_than_a_small_one(native):
 
 
 def test_generated_modules_do_the_same_in_the_interpreter_and_as_machine_code(tier):
+    "I2"
     tried, findings, (compiled, functions) = fuzz_native.fuzz(60, 0, modules=60)
     assert findings == []
     assert tried == 60 and compiled > functions // 2

@@ -194,6 +194,7 @@ def test_foreign_options_are_no_error(bundle):
 
 
 def test_delete_can_be_called_again_and_answers(bundle):
+    "L4"
     for _ in range(2):
         done = bundle.command("delete")
         assert done.returncode == 0
@@ -217,6 +218,7 @@ def test_the_life_of_a_task(bundle, service):
 
 
 def test_what_a_state_does_not_allow_is_refused(bundle):
+    "L3"
     bundle.start().create()
     bundle.fails(chibishim.FAILED_PRECONDITION, "Pause")
     bundle.call("Start")
@@ -228,6 +230,7 @@ def test_what_a_state_does_not_allow_is_refused(bundle):
 
 
 def test_what_a_paused_container_does_not_allow_is_refused(bundle):
+    "L3"
     bundle.start().create()
     bundle.call("Start")
     spec = {"value": json.dumps(dict(bundle.config["process"], args=["/guest.wasm", "exit"])).encode()}
@@ -253,6 +256,7 @@ def test_kill_ends_a_paused_container(bundle):
 
 
 def test_delete_ends_a_paused_container_whose_shim_was_killed(bundle):
+    "L4"
     pid = bundle.start().create()
     bundle.call("Start")
     bundle.call("Pause")
@@ -295,6 +299,7 @@ def test_every_method_answers_for_an_unknown_container(bundle, method):
 
 
 def test_an_unknown_method_is_unimplemented(bundle):
+    "T4"
     bundle.start().send("Frobnicate", b"")
     with pytest.raises(RpcError) as caught:
         chibishim.response_payload(bundle.receive()[1])
@@ -302,6 +307,7 @@ def test_an_unknown_method_is_unimplemented(bundle):
 
 
 def test_a_restriction_that_is_not_applied_makes_create_fail(bundle):
+    "N13"
     bundle.config["linux"]["intelRdt"] = {"closID": "x"}
     bundle.start()
     text = bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
@@ -443,6 +449,7 @@ def mapped_ids(bundle):
 
 
 def test_the_root_of_a_user_namespace_is_not_the_hosts(mapped):
+    "N1, N7, N8"
     mapped.config["process"].update(oomScoreAdj=70, rlimits=[{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 99}])
     pid = mapped.start().create()
     mapped.call("Start")
@@ -475,6 +482,7 @@ def test_an_exec_enters_the_user_namespace_with_its_own_limits(mapped):
 
 
 def test_a_user_namespace_is_joined_by_its_path(mapped):
+    "N1"
     pid = mapped.start().create()
     mapped.call("Start")
     second = Bundle(mapped.directory)
@@ -532,6 +540,7 @@ def hooked(bundle):
 
 @needs_busybox
 def test_hooks_run_in_order_where_and_when_they_should(hooked):
+    "N11"
     host = os.readlink("/proc/self/ns/net")
     pid = hooked.start().create()
     inside = os.readlink("/proc/%d/ns/net" % pid)
@@ -560,6 +569,7 @@ def test_the_network_is_the_containers_when_the_first_hook_looks(hooked):
 @pytest.mark.parametrize("text, more, reason", [
     ("echo no reason >&2; exit 3", {}, "exit status 3: no reason"), ("exec busybox sleep 100", {"timeout": 1}, "timed out")])
 def test_a_hook_that_fails_makes_create_fail(hooked, point, text, more, reason):
+    "N11"
     hooked.config["hooks"][point].append(hook_that(text, **more))
     hooked.start()
     assert "%s hook /bin/busybox: %s" % (point, reason) in hooked.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=hooked.path)
@@ -569,6 +579,7 @@ def test_a_hook_that_fails_makes_create_fail(hooked, point, text, more, reason):
 
 @needs_busybox
 def test_a_start_container_hook_that_fails_makes_start_fail(hooked):
+    "N11"
     hooked.config["hooks"]["startContainer"] = [hook_that("echo no reason >&2; exit 3")]
     hooked.start().create()
     assert "exit status 3: no reason" in hooked.fails(chibishim.UNKNOWN_ERROR, "Start")
@@ -596,6 +607,7 @@ def test_delete_during_create_ends_it(hooked):
 
 @needs_busybox
 def test_delete_runs_the_poststop_hooks_of_a_dead_shim_once(hooked):
+    "N11, L4"
     hooked.start().create()
     os.kill(hooked.call("Connect")["shim_pid"], 9)
     for _ in range(2):
@@ -638,6 +650,7 @@ def test_a_terminal_multiplexer_that_is_none_is_refused(bundle):
 
 @needs_busybox
 def test_what_is_made_read_only_keeps_its_other_flags(bundle):
+    "N3, N9"
     bundle.config["root"]["readonly"] = True
     pid = bundle.start().create()
     with open("/proc/%d/mountinfo" % pid) as file:
@@ -808,6 +821,7 @@ def test_a_wasm_guest_has_its_label_of_selinux(bundle):
 
 
 def test_the_guest_dies_with_its_shim(bundle):
+    "L4"
     pid = bundle.start().create()
     bundle.call("Start")
     os.kill(bundle.call("Connect")["shim_pid"], 9)

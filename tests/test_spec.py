@@ -85,6 +85,7 @@ def test_irregular_instructions_have_the_specification_s_opcodes():
 
 @pytest.mark.parametrize("group", ["core-3.0", "proposal-threads"])
 def test_the_official_suite_passes(group):
+    "I1"
     if run_spec.unpacked() is None:
         pytest.skip("no official suite in %s" % run_spec.SPEC)
     totals, failures = run_spec.run([group])

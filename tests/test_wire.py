@@ -31,6 +31,7 @@ def test_defaults_are_absent_on_the_wire():
 
 
 def test_unknown_fields_are_skipped():
+    "T5"
     data = b"\xa0\x06\x01" + b"\xa9\x06" + bytes(8) + b"\xb2\x06\x02xx" + b"\xbd\x06" + bytes(4) + encode("StateRequest", {"id": "c"})
     assert decode("StateRequest", data)["id"] == "c"
 
@@ -55,6 +56,7 @@ def test_malformed_repeated_numbers_are_refused(data, what):
     (b"\x0a", "truncated|varint"), (b"\x0a\x05ab", "truncated"), (b"\x08\x01", "wire type"), (b"\x0b", "wire type"),
     (b"\x00\x00", "field number 0"), (b"\x0a\x01\xff", "UTF-8"), (b"\xff" * 11, "varint"), (b"\x0a" + b"\xff" * 9 + b"\x01", "truncated")])
 def test_malformed_input_is_refused(data, what):
+    "T5"
     with pytest.raises(ProtobufError, match=what):
         decode("StateRequest", data)
 
@@ -135,14 +137,17 @@ def refusal(data):
 
 
 def test_even_stream_ids_are_refused():
+    "T3"
     assert refusal(request(2)) == (2, chibishim.INVALID_ARGUMENT)
 
 
 def test_a_request_that_does_not_decode_is_refused():
+    "T2"
     assert refusal(chibishim.frame(1, chibishim.REQUEST, b"\xff")) == (1, chibishim.INVALID_ARGUMENT)
 
 
 def test_stream_ids_must_increase():
+    "T3"
     server = ServerProtocol()
     assert len(server.receive(request(3))[0]) == 1
     calls, refusals = server.receive(request(3) + request(1))
@@ -150,6 +155,7 @@ def test_stream_ids_must_increase():
 
 
 def test_an_oversized_message_is_refused_and_the_connection_goes_on():
+    "T1"
     server = ServerProtocol()
     size = chibishim.MAX_FRAME_BYTES + 1
     calls, refusals = server.receive(chibishim.FRAME_HEADER.pack(size, 1, chibishim.REQUEST, 0))
@@ -165,10 +171,12 @@ def test_an_oversized_message_is_refused_and_the_connection_goes_on():
 
 @pytest.mark.parametrize("type", [chibishim.RESPONSE, chibishim.DATA, 0, 9])
 def test_other_frames_are_passed_over(type):
+    "T3"
     assert ServerProtocol().receive(chibishim.frame(1, type, b"x")) == ([], b"")
 
 
 def test_an_answer_over_the_limit_becomes_an_error():
+    "T1: containerd 1.6 dies of it"
     (_, _, _, body), = FrameReader().feed(chibishim.response_frame(1, bytes(chibishim.MAX_FRAME_BYTES)))
     with pytest.raises(RpcError) as caught:
         chibishim.response_payload(body)
@@ -176,10 +184,39 @@ def test_an_answer_over_the_limit_becomes_an_error():
 
 
 def test_random_bytes_raise_nothing():
-    """T: a server survives its peer."""
+    "T2: a server survives its peer"
     import random
     source = random.Random(1)
     for _ in range(300):
         server = ServerProtocol()
         server.receive(os.urandom(3) + bytes([0, 0, 0, 1, 1, 0]) + source.randbytes(source.randrange(400)))
         server.receive(chibishim.frame(1, chibishim.REQUEST, source.randbytes(source.randrange(60))))
+
+
+def test_frames_without_a_payload_and_broken_off_ones_keep_nothing():
+    "T2: what is held is at most one frame"
+    server = ServerProtocol()
+    calls, refusals = server.receive(chibishim.frame(1, chibishim.REQUEST, b"") + chibishim.frame(3, chibishim.DATA, b"") * 1000)
+    assert (calls, refusals) == ([(1, "", "", b"")], b"")
+    assert server.receive(chibishim.FRAME_HEADER.pack(chibishim.MAX_FRAME_BYTES, 5, chibishim.REQUEST, 0)) == ([], b"")
+    assert server.receive(bytes(1000)) == ([], b"") and len(server.reader.buffer) == 1000 + chibishim.FRAME_HEADER.size
+
+
+@pytest.mark.parametrize("flags", range(256))
+def test_flags_make_no_difference_to_a_call(flags):
+    "T3"
+    data = bytearray(request(1))
+    data[9] = flags
+    calls, refusals = ServerProtocol().receive(bytes(data))
+    assert len(calls) == 1 and refusals == b""
+
+
+@pytest.mark.parametrize("depth", [1, 100, 100000])
+def test_deep_nesting_is_no_deep_recursion(depth):
+    "T5: the messages are no deeper than their table, groups are refused"
+    data = b""
+    for _ in range(min(depth, 1000)):
+        data = chibishim.varint(1 << 3 | 2) + chibishim.varint(len(data)) + data
+    assert decode("Empty", data) == {}
+    with pytest.raises(ProtobufError, match="wire type 3"):
+        decode("Any", b"\x0b" * depth)

@@ -1,0 +1,337 @@
+"""Chapter 20: what security.md asks of a container's process (N), seen from inside and from outside."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import chibishim
+from test_shim import bundle, cgroup_file, limited, needs_busybox, status_of         # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of a container's confinement is tested")
+SPACES = {"pid": "pid", "network": "net", "mount": "mnt", "ipc": "ipc", "uts": "uts", "cgroup": "cgroup", "user": "user"}
+
+
+@pytest.fixture
+def native(bundle):
+    """A bundle whose program is a shell of busybox; call it with a script for what that prints."""
+    if not os.path.exists("/bin/busybox"):
+        pytest.skip("busybox (Debian package busybox-static) is not installed")
+    bundle.rootfs = os.path.join(bundle.path, "rootfs")
+    os.makedirs(os.path.join(bundle.rootfs, "bin"))
+    shutil.copy("/bin/busybox", os.path.join(bundle.rootfs, "bin"))
+    bundle.config["process"]["env"] = ["PATH=/bin"]
+
+    def run(script, **process):
+        bundle.config["process"].update(process, args=["/bin/busybox", "sh", "-c", "exec 2>&1; " + script])
+        bundle.start().create()
+        bundle.call("Start")
+        bundle.call("Wait")
+        bundle.call("Delete")
+        with open(bundle.output) as file:
+            return file.read().splitlines()
+    bundle.run = run
+    return bundle
+
+
+def space_of(pid, file):
+    return os.readlink("/proc/%s/ns/%s" % (pid, file))
+
+
+def test_the_namespaces_are_those_of_the_configuration(bundle):
+    "N1"
+    asked = {space["type"] for space in bundle.config["linux"]["namespaces"]}
+    pid = bundle.start().create()
+    own = {name for name, file in SPACES.items() if space_of(pid, file) != space_of("self", file)}
+    assert own == asked and 0 < len(asked) < len(SPACES)
+
+
+@pytest.mark.parametrize("path", ["/no/such", "/proc/self/ns/uts", "/dev/null"], ids=["missing", "of another type", "no namespace"])
+def test_a_namespace_that_cannot_be_joined_makes_create_fail(bundle, path):
+    "N1"
+    bundle.config["linux"]["namespaces"] = [dict(space, path=path) if space["type"] == "network" else space
+                                            for space in bundle.config["linux"]["namespaces"]]
+    bundle.start()
+    text = bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+    assert path in text or "join" in text
+    bundle.fails(chibishim.NOT_FOUND, "State")
+
+
+@pytest.mark.parametrize("destination, type", [("/proc", "proc"), ("/sys", "sysfs"), ("/dev", "tmpfs")])
+def test_a_symlink_of_the_image_where_proc_belongs_is_refused(bundle, destination, type):
+    "N2: CVE-2019-19921, CVE-2025-31133"
+    rootfs = os.path.join(bundle.path, "rootfs")
+    os.makedirs(rootfs + "/proc")
+    if destination == "/proc":
+        os.rmdir(rootfs + "/proc")
+        os.makedirs(rootfs + "/elsewhere/self/attr")
+    os.symlink("/elsewhere" if destination != "/dev" else "/proc", rootfs + destination)
+    bundle.config["mounts"] = [{"destination": destination, "type": type, "source": type}]
+    bundle.start()
+    text = bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+    assert "mount" in text and ("symlink" in text or "/proc" in text)
+
+
+def test_a_mount_goes_where_its_target_leads_inside(bundle):
+    "N2: CVE-2021-30465"
+    rootfs = os.path.join(bundle.path, "rootfs")
+    os.symlink("/../../../../../run", rootfs + "/link")
+    before = os.listdir("/run")
+    bundle.config["mounts"].append({"destination": "/link/mounted", "type": "tmpfs", "source": "tmpfs"})
+    pid = bundle.start().create()
+    with open("/proc/%d/mountinfo" % pid) as file:
+        assert "/run/mounted" in [line.split()[4] for line in file]
+    assert os.path.isdir(rootfs + "/run/mounted") and "mounted" not in before + os.listdir("/run")
+
+
+@pytest.mark.parametrize("resolve", [chibishim.open_in_root, chibishim.walk_in_root], ids=["openat2", "component by component"])
+@pytest.mark.parametrize("path, found", [
+    ("file", "file"), ("/a/b/../../file", "file"), ("../../../file", "file"), ("up", "file"), ("absolute", "file"), ("a/up/file", "file"),
+    ("up_and_down", "a/b"), ("loop", None), ("file/x", None), ("a/none", None), ("dangling", None), ("", "."), ("a/../..", ".")])
+def test_a_path_is_resolved_inside_the_root(tmp_path, resolve, path, found):
+    "N2: by openat2 and without"
+    root = tmp_path / "root"
+    (root / "a" / "b").mkdir(parents=True)
+    (root / "file").write_text("inside")
+    (tmp_path / "file").write_text("outside")
+    for link, target in (("up", "../../file"), ("absolute", "/file"), ("a/up", "../.."), ("loop", "loop"), ("dangling", "/none"),
+                         ("up_and_down", "/../a/../../a/b")):
+        (root / link).symlink_to(target)
+    directory = os.open(root, chibishim.O_PATH | os.O_DIRECTORY)
+    try:
+        if found is None:
+            with pytest.raises(OSError):
+                resolve(directory, path)
+            return
+        fd = resolve(directory, path)
+        assert os.path.samestat(os.fstat(fd), os.stat(root / found))
+        os.close(fd)
+    finally:
+        os.close(directory)
+
+
+def test_masked_and_read_only_paths(native):
+    "N3: files, directories, twice the same, absent ones"
+    for name in ("secret", "rofile"):
+        with open(os.path.join(native.rootfs, name), "w") as file:
+            file.write("content of " + name)
+    for name in ("hidden", "fixed"):
+        os.makedirs(os.path.join(native.rootfs, name, "below"))
+    native.config["linux"]["maskedPaths"] = ["/secret", "/hidden", "/secret", "/hidden", "/absent"]
+    native.config["linux"]["readonlyPaths"] = ["/rofile", "/fixed", "/rofile", "/fixed", "/absent2"]
+    lines = native.run("busybox cat /secret; busybox ls -a /hidden; busybox cat /rofile; echo; echo x > /rofile; busybox touch /fixed/below/x;"
+                       "busybox touch /hidden/x; busybox ls -d /absent /absent2")
+    assert lines[:3] == [".", "..", "content of rofile"]
+    assert [("Read-only" in line, "No such file" in line) for line in lines[3:]] == [(True, False)] * 3 + [(False, True)] * 2, lines
+
+
+@pytest.mark.parametrize("in_exec", [False, True], ids=["init", "exec"])
+def test_only_stdio_is_inherited(native, in_exec):
+    "N4: CVE-2024-21626"
+    arguments = ["/bin/busybox", "sleep", "1000"]
+    native.config["process"]["args"] = arguments
+    pid = native.start().create()
+    native.call("Start")
+    if in_exec:
+        native.call("Exec", exec_id="x", spec={"value": json.dumps(dict(native.config["process"], args=arguments)).encode()})
+        pid = native.call("Start", exec_id="x")["pid"]
+    assert sorted(os.listdir("/proc/%d/fd" % pid)) == ["0", "1", "2"]
+
+
+def test_no_working_directory_leads_out_of_the_container(native):
+    "N4: through any descriptor that the runtime may have open"
+    with open(native.directory + "/marker", "w") as file:
+        file.write("the host's")
+    native.start()
+    reached = 0
+    for number in range(24):
+        native.config["process"].update(cwd="/proc/self/fd/%d" % number, args=[
+            "/bin/busybox", "sh", "-c", "busybox cat %s%s/marker" % ("../" * 20, native.directory)])
+        native.command("delete")        # writes the configuration
+        try:
+            native.create()
+        except chibishim.RpcError:
+            continue
+        native.call("Start")
+        assert native.call("Wait")["exit_status"] != 0
+        native.call("Delete")
+        reached += 1
+    with open(native.output) as file:
+        assert "the host's" not in file.read()
+    assert reached < 24                 # some were no directories
+
+
+def test_the_working_directory_is_made_and_entered(native):
+    "N4"
+    assert native.run("busybox pwd", cwd="/new/directory") == ["/new/directory"]
+
+
+def capability_mask(*names):
+    return "%016x" % sum(1 << chibishim.CAPABILITIES.index(name) for name in names)
+
+
+def test_the_five_sets_of_capabilities_are_exactly_those_of_the_configuration(bundle):
+    "N5"
+    sets = {"bounding": ("CHOWN", "KILL", "NET_RAW", "SETUID"), "permitted": ("CHOWN", "KILL", "NET_RAW"), "effective": ("CHOWN",),
+            "inheritable": ("KILL", "NET_RAW"), "ambient": ("KILL",)}
+    bundle.config["process"]["capabilities"] = {name: ["CAP_" + word for word in words] for name, words in sets.items()}
+    pid = bundle.start().create()
+    for name, field in (("bounding", "CapBnd"), ("permitted", "CapPrm"), ("effective", "CapEff"), ("inheritable", "CapInh"), ("ambient", "CapAmb")):
+        assert status_of(pid, field) == [capability_mask(*sets[name])], name
+
+
+def test_without_capabilities_there_are_none(bundle):
+    "N5: also for root"
+    pid = bundle.start().create()
+    assert [status_of(pid, field) for field in ("CapBnd", "CapPrm", "CapEff", "CapInh", "CapAmb")] == [[capability_mask()]] * 5
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_no_new_privileges_as_asked(bundle, asked):
+    "N6"
+    bundle.config["process"]["noNewPrivileges"] = asked
+    assert status_of(bundle.start().create(), "NoNewPrivs") == [str(int(asked))]
+
+
+@pytest.mark.parametrize("in_exec", [False, True], ids=["init", "exec"])
+def test_a_filter_is_there_when_the_configuration_has_one(bundle, in_exec):
+    "N6"
+    bundle.config["linux"]["seccomp"] = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["reboot"], "action": "SCMP_ACT_ERRNO"}]}
+    pid = bundle.start().create()
+    bundle.call("Start")
+    if in_exec:
+        bundle.call("Exec", exec_id="x", spec={"value": json.dumps(bundle.config["process"]).encode()})
+        pid = bundle.call("Start", exec_id="x")["pid"]
+    assert status_of(pid, "Seccomp") == ["2"]
+
+
+def test_the_user_his_groups_and_his_umask(bundle):
+    "N7"
+    bundle.config["process"]["user"] = {"uid": 1234, "gid": 567, "additionalGids": [8, 9], "umask": 0o27}
+    pid = bundle.start().create()
+    assert (status_of(pid, "Uid"), status_of(pid, "Gid"), status_of(pid, "Groups"), status_of(pid, "Umask")) == (
+        ["1234"] * 4, ["567"] * 4, ["8", "9"], ["0027"])
+
+
+@pytest.mark.parametrize("user", [{"uid": -1}, {"gid": -1}, {"uid": 0xFFFFFFFF}, {"gid": 1 << 32}, {"additionalGids": [0, -2]},
+                                  {"additionalGids": [1 << 40]}, {"umask": 0o7777777}], ids=str)
+def test_ids_out_of_range_are_refused_and_named(user):
+    "N7: -1 would leave the id as it is, root's"
+    config = chibishim.default_config("guest.wasm", [], [], [], False)
+    config["process"]["user"] = user
+    with pytest.raises(chibishim.ConfigError, match="process.user." + list(user)[0]):
+        chibishim.plan(config, "/bundle", "/bundle/rootfs")
+
+
+def test_limits_parameters_and_names(native):
+    "N8"
+    native.config.update(hostname="within", domainname="its.domain")
+    native.config["linux"]["sysctl"] = {"net.ipv4.ip_forward": "1", "kernel.shmmni": "77"}
+    lines = native.run("ulimit -n; ulimit -Hn; ulimit -c; busybox cat /proc/self/oom_score_adj /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/shmmni"
+                       " /proc/sys/kernel/domainname; busybox hostname", oomScoreAdj=321, rlimits=[
+                           {"type": "RLIMIT_NOFILE", "soft": 55, "hard": 66}, {"type": "RLIMIT_CORE", "soft": 0, "hard": 0}])
+    assert lines == ["55", "66", "0", "321", "1", "77", "its.domain", "within"]
+    assert os.uname().nodename != "within" and chibishim.read_text("/proc/sys/kernel/shmmni") != "77"
+
+
+def mounts_of(pid):
+    """{mount point: (options, optional fields)}"""
+    with open("/proc/%s/mountinfo" % pid) as file:
+        return {line.split()[4]: (line.split()[5].split(","), line.partition(" - ")[0].split()[6:]) for line in file}
+
+
+@pytest.mark.parametrize("word, field", [("", None), ("private", None), ("rslave", "master"), ("shared", "shared")])
+def test_the_roots_propagation(bundle, word, field):
+    "N9: and nothing that is mounted in the container is seen outside"
+    bundle.config["linux"]["rootfsPropagation"] = word
+    before = set(mounts_of("self"))
+    pid = bundle.start().create()
+    options, fields = mounts_of(pid)["/"]
+    assert {name.partition(":")[0] for name in fields} <= {field, "master"} and (field != "shared" or any("shared" in name for name in fields))
+    subprocess.run(["nsenter", "-t", str(pid), "-m", "--", "/guest.wasm"], capture_output=True)
+    assert {point for point in set(mounts_of("self")) - before if point.startswith(bundle.directory)} == set()
+
+
+def test_a_read_only_root(native):
+    "N9"
+    native.config["root"]["readonly"] = True
+    lines = native.run("busybox touch /x; busybox mount -o remount,rw /; busybox touch /x; echo >> /guest.wasm")
+    assert len(lines) == 4 and all(re.search("Read-only|not permitted|denied", line) for line in lines)
+
+
+def test_limits_hold_and_the_process_is_inside_before_the_guest_runs(limited):
+    "N10"
+    other = limited.config["linux"]
+    limited.call("Kill", signal=9)
+    limited.call("Wait")
+    limited.call("Delete")
+    pid = limited.create()              # and not started
+    for controller, name in (("memory", "memory.limit_in_bytes"), ("cpu", "cpu.cfs_quota_us"), ("pids", "cgroup.procs"), ("devices", "cgroup.procs")):
+        wanted = {"memory": other["resources"]["memory"]["limit"], "cpu": other["resources"]["cpu"]["quota"]}.get(controller, pid)
+        assert cgroup_file(limited, controller, name) == str(wanted)
+    with open("/proc/%d/cgroup" % pid) as file:
+        assert all(limited.id in line for line in file if line.split(":")[1] in ("memory", "cpu,cpuacct", "pids", "devices", "freezer"))
+
+
+def test_a_limit_that_cannot_be_set_makes_create_fail(bundle):
+    "N10"
+    bundle.config["linux"]["resources"] = {"cpu": {"cpus": "4000-5000"}}
+    bundle.start()
+    assert "cpuset" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+
+
+@pytest.mark.parametrize("in_exec", [False, True], ids=["init", "exec"])
+def test_the_process_is_not_dumpable(bundle, in_exec):
+    "N14: so its files in /proc are root's, whoever it is"
+    bundle.config["process"]["user"] = {"uid": 5, "gid": 6}
+    pid = bundle.start().create()
+    bundle.call("Start")
+    if in_exec:
+        bundle.call("Exec", exec_id="x", spec={"value": json.dumps(bundle.config["process"]).encode()})
+        pid = bundle.call("Start", exec_id="x")["pid"]
+    assert status_of(pid, "Uid") == ["5"] * 4
+    assert os.stat("/proc/%d/environ" % pid).st_uid == os.stat("/proc/%d/mem" % pid).st_uid == 0
+
+
+def test_the_process_is_not_dumpable_before_it_joins_anything(monkeypatch):
+    "N14: who is in the container already could look at it meanwhile"
+    seen = []
+
+    class Library:
+        def prctl(self, option, value, *rest):
+            seen.append((option, value))
+    monkeypatch.setattr(chibishim, "libc", Library())
+    for name in ("reset_signals", "close_all_but", "send_error"):
+        monkeypatch.setattr(chibishim, name, lambda *words: None)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    monkeypatch.setattr(os, "dup2", lambda *words: None)
+    monkeypatch.setattr(chibishim, "container_main", lambda *words: seen.append("set-up"))
+
+    def leave(code):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(KeyboardInterrupt):
+        chibishim.container_child({}, [], chibishim.Setup(None, None, None, -1, -1), (0, 1, 2), False)
+    assert seen[-2:] == [(chibishim.PR_SET_DUMPABLE, 0), "set-up"]
+
+
+@needs_busybox
+def test_the_engines_program_cannot_be_reached_from_inside(native):
+    "N14: CVE-2019-5736, by a root with the usual capabilities"
+    native.config["process"]["capabilities"] = {name: ["CAP_" + word for word in (
+        "CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP", "SYS_CHROOT", "KILL")]
+        for name in ("bounding", "permitted", "effective")}
+    native.start().create()
+    native.call("Start")
+    script = ("exec 2>&1; busybox readlink /proc/1/exe || echo no; (: >> /proc/1/exe) && echo written; busybox readlink /proc/1/fd/3 || echo no;"
+              "busybox cat /proc/1/maps || echo no")
+    spec = dict(native.config["process"], args=["/bin/busybox", "sh", "-c", script])
+    native.call("Exec", exec_id="x", spec={"value": json.dumps(spec).encode()}, stdout="file://" + native.output)
+    native.call("Start", exec_id="x")
+    native.call("Wait", exec_id="x")
+    with open(native.output) as file:
+        lines = [line for line in file.read().splitlines() if line != "ready"]
+    assert lines.count("no") == 3 and "written" not in lines and sum("ermission denied" in line for line in lines) == 2, lines

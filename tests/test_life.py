@@ -1,0 +1,508 @@
+"""Chapters 21 and 22: what security.md asks of the socket (T), a task's life (L) and the process (P), through a real shim."""
+
+import errno
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+import chibishim
+from chibishim import RpcError, decode, encode
+from conftest import ROOT
+from containerd import MODULES
+from test_shim import Bundle, bundle, needs_busybox, until         # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of a task's life is tested")
+
+
+class Containerd:
+    """The end of containerd that takes events, at the address that a Bundle's shim was told."""
+
+    def __init__(self, directory, answer=lambda topic: None):
+        self.path = directory + "/none.ttrpc"
+        self.answer = answer            # topic -> None, or (code, message) to refuse the event
+        self.events = []                # (topic, decoded message)
+        self.listener = None
+
+    def start(self):
+        if os.path.exists(self.path):
+            os.unlink(self.path)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen()
+        self.peers = []
+        threading.Thread(target=self.serve, args=(self.listener,), daemon=True).start()
+        return self
+
+    def stop(self):
+        """As a daemon that ends: nobody listens, every connection is closed; its socket's file stays."""
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for peer in self.peers:
+            try:
+                peer.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass                    # the shim was first
+
+    def serve(self, listener):
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            self.peers.append(peer)
+            threading.Thread(target=self.converse, args=(peer,), daemon=True).start()
+
+    def converse(self, peer):
+        protocol = chibishim.ServerProtocol()
+        with peer:
+            while data := peer.recv(65536):
+                for stream, service, method, payload in protocol.receive(data)[0]:
+                    assert (service, method) == ("containerd.services.events.ttrpc.v1.Events", "Forward")
+                    envelope = decode("ForwardRequest", payload)["envelope"]
+                    refusal = self.answer(envelope["topic"])
+                    if not refusal:
+                        name = envelope["event"]["type_url"].rpartition(".")[2]
+                        self.events.append((envelope["topic"], decode(name, envelope["event"]["value"])))
+                    peer.sendall(chibishim.error_frame(stream, *refusal) if refusal else chibishim.response_frame(stream, b""))
+
+    def topics(self, id=None):
+        """What was heard, of one container or all: the last word of each topic; of an exec with its id."""
+        return [" ".join(filter(None, [topic.rpartition("/")[2], exec_of(event)])) for topic, event in list(self.events)
+                if id in (None, event["container_id"])]
+
+
+def exec_of(event):
+    """The exec id in an event; "" if it is init's."""
+    id = event.get("exec_id") or event.get("id") or ""
+    return "" if id == event["container_id"] else id
+
+
+@pytest.fixture
+def heard(bundle, monkeypatch):
+    """A bundle's events, as containerd gets them."""
+    monkeypatch.delenv("TTRPC_ADDRESS", raising=False)
+    containerd = Containerd(bundle.directory).start()
+    yield containerd
+    containerd.stop()
+
+
+def process_of(bundle, *arguments):
+    return {"value": json.dumps(dict(bundle.config["process"], args=["/guest.wasm", *arguments])).encode()}
+
+
+def joined(bundle):
+    """A second container in the same shim, created."""
+    second = Bundle(bundle.directory)
+    second.command("delete")            # writes its configuration
+    second.peer, second.reader, second.answers = socket.socket(socket.AF_UNIX), chibishim.FrameReader(), []
+    second.stream = -1
+    second.peer.settimeout(20)
+    second.peer.connect(bundle.peer.getpeername())
+    second.create()
+    return second
+
+
+# -- T: the socket --
+
+def test_the_socket_is_a_file_of_its_owner_alone(bundle, tmp_path):
+    "T6"
+    path = bundle.start().peer.getpeername()
+    assert path.startswith("/") and os.stat(path).st_mode & 0o777 == 0o600
+    chibishim.listen(str(tmp_path / "s" / "socket")).close()
+    assert os.stat(tmp_path / "s").st_mode & 0o777 == 0o700
+
+
+def test_another_user_is_not_answered(bundle):
+    "T6: even where the file's mode would let him"
+    path = bundle.start().peer.getpeername()
+    os.chmod(bundle.directory, 0o711)
+    os.chmod(path, 0o666)
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setuid(65534)
+            peer = socket.socket(socket.AF_UNIX)
+            peer.settimeout(10)
+            peer.connect(path)
+            peer.sendall(chibishim.request_frame(1, "containerd.task.v2.Task", "Connect", b""))
+            os.write(write, b"got %r" % peer.recv(100))
+        except OSError as error:
+            os.write(write, b"got b''" if error.errno in (errno.EPIPE, errno.ECONNRESET) else repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert os.read(read, 1000) == b"got b''"
+    os.close(read)
+    os.waitpid(pid, 0)
+    bundle.fails(chibishim.NOT_FOUND, "State")
+
+
+def test_a_peer_that_does_not_read_stalls_nobody(bundle):
+    "T7, T2: and what waits for it is bounded"
+    bundle.start().create()
+    slow = socket.socket(socket.AF_UNIX)
+    slow.connect(bundle.peer.getpeername())
+    slow.setblocking(False)
+    data, sent = chibishim.request_frame(1, "x" * 60000, "y", b""), 0
+    stream, deadline = 1, time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if not data:
+            stream += 2
+            data = chibishim.request_frame(stream, "x" * 60000, "y", b"")
+        try:
+            size = slow.send(data)
+            data, sent = data[size:], sent + size
+        except BlockingIOError:
+            if not select.select([], [slow], [], 1)[1]:
+                break                   # the shim reads no more: its answers are not taken
+    began = time.monotonic()
+    assert bundle.call("State")["status"] == chibishim.CREATED
+    assert time.monotonic() - began < 1 and sent < 2 * chibishim.MAX_UNSENT_BYTES
+    slow.close()
+    bundle.call("Delete")
+
+
+def test_a_thousand_waiters_are_answered(bundle):
+    "T8"
+    bundle.start().create()
+    bundle.call("Start")
+    waiting = {bundle.send("Wait", {"id": bundle.id}) for _ in range(1000)}
+    kill = bundle.send("Kill", {"id": bundle.id, "signal": 9})
+    for _ in range(1001):
+        stream, body = bundle.receive()
+        if stream != kill:
+            waiting.remove(stream)
+            assert decode("WaitResponse", chibishim.response_payload(body))["exit_status"] == 137
+    assert waiting == set()
+
+
+def test_a_dead_shims_socket_is_replaced_a_live_ones_is_not(bundle):
+    "T9"
+    path = bundle.start().peer.getpeername()
+    first = bundle.processes()
+    assert bundle.start().peer.getpeername() == path and bundle.processes() == first
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not bundle.processes())
+    assert bundle.start().peer.getpeername() == path and bundle.processes() != first
+    assert bundle.create()
+
+
+def test_an_unknown_service_is_unimplemented(bundle):
+    "T4"
+    stream = bundle.start().send("State", {"id": bundle.id}, service="containerd.task.v9.Task")
+    answered, body = bundle.receive()
+    with pytest.raises(RpcError) as caught:
+        chibishim.response_payload(body)
+    assert answered == stream and caught.value.args == (12, "service containerd.task.v9.Task")
+
+
+# -- L: the life of a task --
+
+def test_events_are_in_order_when_all_happens_at_once(bundle, heard):
+    "L1: ten containers in one shim, an exec in each"
+    bundle.start()
+    members = [joined(bundle) for _ in range(10)]
+    for member in members:
+        member.calls = [member.send(method, dict(message, id=member.id)) for method, message in (
+            ("Start", {}), ("Exec", {"exec_id": "x", "spec": process_of(bundle, "exit")}), ("Start", {"exec_id": "x"}))]
+    for member in members:
+        for _ in member.calls:
+            chibishim.response_payload(member.receive()[1])
+        member.wait = [member.send("Wait", {"id": member.id, "exec_id": "x"}), member.send("Kill", {"id": member.id, "signal": 9}),
+                       member.send("Wait", {"id": member.id})]
+    for member in members:
+        for _ in member.wait:
+            chibishim.response_payload(member.receive()[1])
+        member.call("Delete", exec_id="x")
+        member.call("Delete")
+    until(lambda: heard.topics().count("delete") == len(members))
+    for member in members:
+        topics = heard.topics(member.id)
+        assert [topic for topic in topics if " x" not in topic] == ["create", "start", "exit", "delete"]
+        assert [topic for topic in topics if " x" in topic] == ["exec-added x", "exec-started x", "exit x"]
+
+
+def test_a_process_that_ends_at_once_was_started_first(bundle, heard):
+    "L2"
+    bundle.config["process"]["args"] = ["/guest.wasm", "exit"]
+    bundle.start()
+    for _ in range(10):
+        bundle.create()
+        bundle.call("Start")
+        assert bundle.call("Wait")["exit_status"] == 7
+        bundle.call("Delete")
+    until(lambda: len(heard.events) == 40)
+    assert heard.topics() == ["create", "start", "exit", "delete"] * 10
+
+
+@pytest.mark.parametrize("state", ["CREATED", "RUNNING", "PAUSED", "STOPPED"])
+def test_each_request_that_a_state_does_not_allow_is_refused_with_its_code(bundle, state):
+    "L3"
+    bundle.start().create()
+    for method, message in {"CREATED": [], "RUNNING": [("Start", {})], "PAUSED": [("Start", {}), ("Pause", {})],
+                            "STOPPED": [("Start", {}), ("Kill", {"signal": 9}), ("Wait", {})]}[state]:
+        bundle.call(method, **message)
+    refusals = {method: code for (method, refused), (code, _) in chibishim.REFUSALS.items() if refused == getattr(chibishim, state)}
+    assert refusals
+    for method, code in refusals.items():
+        bundle.fails(code, method, **({"exec_id": "x", "spec": process_of(bundle, "z")} if method == "Exec" else {}))
+    bundle.fails(chibishim.ALREADY_EXISTS, "Create", bundle=bundle.path)
+    for method in ("State", "Start", "Delete", "Kill", "Wait", "CloseIO", "ResizePty"):
+        bundle.fails(chibishim.NOT_FOUND, method, exec_id="nobody", **({"signal": 9} if method == "Kill" else {}))
+    assert bundle.call("State")["status"] == getattr(chibishim, state)
+
+
+def test_an_exec_has_states_of_its_own(bundle):
+    "L3"
+    bundle.start().create()
+    bundle.call("Start")
+    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"))
+    bundle.fails(chibishim.ALREADY_EXISTS, "Exec", exec_id="x", spec=process_of(bundle, "z"))
+    bundle.fails(chibishim.FAILED_PRECONDITION, "Kill", exec_id="x", signal=9)
+    bundle.call("Start", exec_id="x")
+    for method in ("Start", "Delete"):
+        bundle.fails(chibishim.FAILED_PRECONDITION, method, exec_id="x")
+    bundle.call("Kill", exec_id="x", signal=9)
+    assert bundle.call("Wait", exec_id="x")["exit_status"] == 137
+    bundle.fails(chibishim.NOT_FOUND, "Kill", exec_id="x", signal=9)
+    bundle.fails(chibishim.FAILED_PRECONDITION, "Start", exec_id="x")
+    bundle.call("Delete", exec_id="x")
+    bundle.fails(chibishim.NOT_FOUND, "Delete", exec_id="x")
+
+
+def test_a_signal_does_not_reach_who_has_the_pid_now():
+    "L6"
+    dead = os.fork()
+    if not dead:
+        os._exit(0)
+    process = chibishim.Process("", None)
+    process.pidfd = os.pidfd_open(dead)
+    os.waitpid(dead, 0)
+    process.pid = os.getpid()           # as if the number had been given again
+    assert chibishim.send_signal(process, signal.SIGTERM) is False
+    os.close(process.pidfd)
+
+
+def big_module():
+    """A module that takes a while to read: 300,000 functions."""
+    def section(number, body):
+        return bytes([number]) + chibishim.varint(len(body)) + body
+    count = chibishim.varint(300000)
+    return b"\0asm\1\0\0\0" + section(1, b"\1\x60\0\0") + section(3, count + bytes(300000)) + section(
+        7, b"\1\6_start\0\0") + section(10, count + b"\2\0\x0b" * 300000)
+
+
+SITUATIONS = {"while it is read": (None, "auto"), "in an interpreted loop": ("spin", "interpreter"), "in a native loop": ("spin", "auto"),
+              "in poll_oneoff": ("z", "auto"), "in a blocking read": ("cat", "auto")}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_a_guest_dies_at_once(bundle, monkeypatch, situation):
+    "L7: in less than 50 ms, at best of three, as the machine may be busy"
+    word, tier = SITUATIONS[situation]
+    monkeypatch.setenv("CHIBISHIM_TIER", tier)
+    if not word:
+        with open(os.path.join(bundle.path, "rootfs", "guest.wasm"), "wb") as file:
+            file.write(big_module())
+    bundle.config["process"]["args"] = ["/guest.wasm", word or "x"]
+    fifo = os.path.join(bundle.directory, "stdin")
+    os.mkfifo(fifo)
+    client = os.open(fifo, os.O_RDWR)
+    bundle.start()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        times = []
+        for _ in range(3):
+            pid = bundle.call("Create", bundle=bundle.path, stdin=fifo, stdout="file://" + bundle.output)["pid"]
+            pidfd = os.pidfd_open(pid)
+            if word:
+                bundle.call("Start")
+                time.sleep(0.2)
+            assert bundle.call("State")["status"] in (chibishim.CREATED, chibishim.RUNNING)
+            began = time.monotonic()
+            kill = bundle.send("Kill", {"id": bundle.id, "signal": number})
+            assert select.select([pidfd], [], [], 5)[0]
+            times.append(time.monotonic() - began)
+            os.close(pidfd)
+            assert bundle.receive()[0] == kill
+            assert bundle.call("Wait")["exit_status"] == 128 + number
+            bundle.call("Delete")
+            if times[-1] < 0.05:
+                break
+        assert min(times) < 0.05, times
+    os.close(client)
+
+
+def test_memory_that_runs_out_is_an_event_and_137(bundle, heard):
+    "L8"
+    if not os.path.exists("/sys/fs/cgroup/memory"):
+        pytest.skip("no memory controller of cgroup version 1")
+    shutil.copy(os.path.join(MODULES, "hog.wasm"), os.path.join(bundle.path, "rootfs"))
+    bundle.config["process"]["args"] = ["/hog.wasm"]
+    bundle.config["linux"]["resources"] = {"memory": {"limit": 32 << 20, "swap": 32 << 20}}
+    bundle.start().create()
+    bundle.call("Start")
+    assert bundle.call("Wait")["exit_status"] == 137
+    bundle.call("Delete")
+    until(lambda: len(heard.events) == 5)
+    assert heard.topics() == ["create", "start", "oom", "exit", "delete"]
+
+
+@needs_busybox
+@pytest.mark.parametrize("reader", ["that does not read", "that is gone"])
+def test_a_log_that_takes_nothing_blocks_nothing(bundle, reader):
+    "L10"
+    shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs"))
+    fifo = os.path.join(bundle.path, "log")
+    os.mkfifo(fifo)
+    log = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    bundle.config["hooks"] = {"poststart": [{"path": "/bin/busybox", "args": ["busybox", "false"]}]}      # to be logged
+    bundle.start()
+    if reader == "that is gone":
+        os.close(log)
+    else:
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(log, b"x" * 4096)
+    for _ in range(3):
+        bundle.create()
+        began = time.monotonic()
+        bundle.call("Start")
+        bundle.call("Kill", signal=9)
+        bundle.call("Wait")
+        bundle.call("Delete")
+        assert time.monotonic() - began < 5
+
+
+def test_a_full_disk_blocks_nothing(bundle):
+    "L10: what the guest writes is lost, and it hears of it"
+    bundle.config["process"]["args"] = ["/guest.wasm", "flood"]
+    bundle.start().call("Create", bundle=bundle.path, stdout="/dev/full", stderr="/dev/full")
+    bundle.call("Start")
+    assert bundle.call("Wait")["exit_status"] == 74     # the guest's, for an errno of fd_write
+    bundle.call("Delete")
+
+
+def test_a_bundle_on_a_full_disk_makes_create_fail(bundle):
+    "L10: `delete` would not know what to undo"
+    os.symlink("/dev/full", os.path.join(bundle.path, "init.pid"))
+    bundle.start()
+    assert "No space left" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+    bundle.fails(chibishim.NOT_FOUND, "State")
+
+
+@pytest.mark.parametrize("spaces", ["a pid namespace of its own", "the host's"])
+def test_init_dies_while_an_exec_runs(bundle, heard, spaces):
+    "L11"
+    if spaces == "the host's":
+        bundle.config["linux"]["namespaces"] = [space for space in bundle.config["linux"]["namespaces"] if space["type"] != "pid"]
+        bundle.config["mounts"] = []
+        bundle.config["linux"]["maskedPaths"] = bundle.config["linux"]["readonlyPaths"] = []
+    pid = bundle.start().create()
+    bundle.call("Start")
+    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"))
+    other = bundle.call("Start", exec_id="x")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    for exec_id in ("x", ""):
+        assert bundle.call("Wait", exec_id=exec_id)["exit_status"] == 137
+    assert not os.path.exists("/proc/%d" % other)
+    bundle.fails(chibishim.FAILED_PRECONDITION, "Exec", exec_id="y", spec=process_of(bundle, "z"))
+    bundle.call("Delete", exec_id="x")
+    bundle.call("Delete")
+    until(lambda: "delete" in heard.topics())
+    assert sorted(heard.topics()[4:6]) == ["exit", "exit x"] and len(heard.events) == 7
+
+
+def test_the_crash_of_one_container_does_not_touch_another(bundle, heard):
+    "L12"
+    pid = bundle.start().create()
+    bundle.call("Start")
+    second = joined(bundle)
+    second.call("Start")
+    before = second.call("State")
+    os.kill(pid, signal.SIGKILL)
+    assert bundle.call("Wait")["exit_status"] == 137
+    bundle.call("Delete")
+    assert bundle.command("delete").returncode == 0
+    assert second.call("State") == before and before["status"] == chibishim.RUNNING
+    second.call("Kill", signal=9)
+    second.call("Wait")
+    second.call("Delete")
+    until(lambda: heard.topics(second.id)[-1:] == ["delete"])
+    assert heard.topics(second.id) == ["create", "start", "exit", "delete"]
+
+
+# -- P: the process --
+
+POISON = "import os; os.write(2, b'injected'); os._exit(99)\n"
+
+
+@pytest.mark.parametrize("arguments, status", [(("both",), 0), (("trap",), 134), (("flood",), 0), (("exit",), 7)], ids=lambda value: value[0] if value.__class__ is tuple else "")
+def test_no_module_is_imported_from_the_containers_root(bundle, arguments, status):
+    "P2: at each place where Python would look lies one of every name"
+    rootfs = os.path.join(bundle.path, "rootfs")
+    for place in {path for path in sys.path if "python" in path and "zip" not in path} | {"/usr/lib/python3.%d" % minor for minor in range(10, 15)}:
+        directory = rootfs + (place if not place.startswith(ROOT) else "/app")
+        os.makedirs(directory, exist_ok=True)
+        for name in sys.stdlib_module_names:
+            with open(os.path.join(directory, name + ".py"), "w") as file:
+                file.write(POISON)
+    bundle.config["process"]["args"] = ["/guest.wasm", *arguments]
+    bundle.start().call("Create", bundle=bundle.path, stdout="file://" + bundle.output, stderr="file://" + bundle.output)
+    bundle.call("Start")
+    assert bundle.call("Wait")["exit_status"] == status
+    with open(bundle.output, "rb") as file:
+        assert b"injected" not in file.read()
+
+
+def test_the_environments_secrets_are_not_logged(bundle):
+    "P3: neither when things go well nor when they fail"
+    log = os.path.join(bundle.path, "log")
+    open(log, "w").close()
+    process = bundle.config["process"]
+    process["env"] = ["PASSWORD=xyzzy-1", "xyzzy-2"]
+    bundle.start()
+    messages = []
+    for arguments in (["/guest.wasm", "trap"], ["/guest.wasm", "exit"], ["/no/such"], ["/guest.wasm", "z"]):
+        process["args"] = arguments
+        bundle.command("delete")        # writes the configuration
+        try:
+            bundle.create()
+            bundle.call("Start")
+            bundle.call("Exec", exec_id="x", spec={"value": json.dumps(dict(process, args=["/no/such"])).encode()})
+            bundle.call("Start", exec_id="x")
+        except RpcError as error:
+            messages.append(error.args[1])
+        try:
+            bundle.call("Kill", signal=9)
+        except RpcError as error:
+            messages.append(error.args[1])
+        try:
+            bundle.call("Wait")
+            bundle.call("Delete")
+        except RpcError as error:
+            messages.append(error.args[1])
+    messages.append(bundle.command("delete").stderr.decode())
+    process["env"] = "xyzzy-3"
+    bundle.command("delete")
+    messages.append(bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path))
+    process["env"] = []
+    with open(log) as file:
+        text = "\n".join([file.read(), *messages])
+    assert "/no/such" in text and "xyzzy" not in text
+
+
+def test_a_log_line_is_bounded_and_printable(capfd):
+    "P4"
+    chibishim.log("a\x1b[2Jb\nc\x00d\u202e" + "x" * 100000)
+    text = capfd.readouterr().err
+    assert text.startswith("chibishim: a?[2Jb?c?d?xxx") and text.endswith("x\n") and len(text) <= 1001
