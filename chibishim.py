@@ -9743,14 +9743,36 @@ def writable(fd, seconds=None):
     return ("w", fd), seconds
 
 
-def write_all(fd, data):
-    """A task that writes all of `data` to a non-blocking descriptor; OSError passes."""
+def seconds_until(deadline):
+    """The time that is left before a time.monotonic(); None is never."""
+    return None if deadline is None else max(0, deadline - time.monotonic())
+
+
+def write_all(fd, data, deadline=None):
+    """A task that writes all of `data` to a non-blocking descriptor; OSError passes. False if
+    the deadline came first."""
     view = memoryview(data)
     while view:
         try:
             view = view[os.write(fd, view):]
         except BlockingIOError:
-            yield writable(fd)
+            if not (yield writable(fd, seconds_until(deadline))):
+                return False
+    return True
+
+
+def connect_to(path):
+    """A non-blocking descriptor of a connection to a local socket: accepted or refused at once, also
+    where too many wait."""
+    import _socket
+    peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    peer.setblocking(False)
+    try:
+        peer.connect(path)
+    except OSError:
+        peer.close()
+        raise
+    return peer.detach()
 
 
 def log(text):
@@ -13785,6 +13807,8 @@ PROBE_S = 1
 FLUSH_S = 3
 EVENT_TIMEOUT_S = 5
 MAX_EVENTS = 2048
+MAX_REFUSALS = 5                        # of one event, by a containerd that answers
+EVENT_PAUSE_S, EVENT_PAUSE_MAX_S = 0.2, 2
 MAX_UNSENT_BYTES = 16 << 20
 SO_PEERCRED = 17
 
@@ -14134,50 +14158,59 @@ class Shim:
 
     def publish(self, topic, name, message):
         """Queues an event; the oldest one but exits goes when the queue is full."""
-        if len(self.events) >= MAX_EVENTS:
-            lost = next((i for i, e in enumerate(self.events) if e[0] != "/tasks/exit"), 0)
-            log("event %s is lost: containerd has taken none of the last %d" % (self.events[lost][0], MAX_EVENTS))
-            del self.events[lost]
         event = any_of(EVENT_TYPES + name, name, message)
         self.events.append((topic, event, encode("ForwardRequest", {"envelope": {
             "timestamp": timestamp(time.time()), "namespace": self.flags["namespace"], "topic": topic, "event": event}})))
+        if len(self.events) > MAX_EVENTS:
+            lost = next((i for i, e in enumerate(self.events) if e[0] != "/tasks/exit"), 0)
+            log("event %s is lost: containerd has taken none of the last %d" % (self.events[lost][0], MAX_EVENTS))
+            del self.events[lost]
         self.news.happen()
 
     def send_events(self):
-        """Delivers events one after the other, each until containerd has it: over ttrpc, once
-        more on a fresh connection, by its publish command, then again after a while."""
+        """Delivers events one after the other, each until containerd has it: it may be away for
+        long. What it refuses again and again must not hold up the others."""
         address = os.environ.get("TTRPC_ADDRESS") or self.flags["address"] + ".ttrpc"
         client = Client(address)
-        failures = 0
+        failures = refusals = 0
         while True:
             if not self.events:
                 self.news = Event()
                 yield self.news, None
                 continue
             topic, event, request = entry = self.events[0]
-            delivered = yield from self.deliver(client, topic, event, request, failures)
+            delivered = True
+            try:
+                delivered = yield from self.deliver(client, topic, event, request, failures)
+            except RpcError as error:
+                refusals += 1
+                delivered = error.args[0] == INVALID_ARGUMENT or refusals == MAX_REFUSALS
+                if delivered:
+                    log("event %s is lost: containerd refuses it: %s" % (topic, error.args[1]))
             if delivered:
-                failures = 0
+                failures = refusals = 0
                 if self.events and self.events[0] is entry:
                     del self.events[0]
             else:
                 failures += 1
-                yield None, min(failures * 0.2, 5)
+                yield None, min(failures * EVENT_PAUSE_S, EVENT_PAUSE_MAX_S)
 
     def deliver(self, client, topic, event, request, failures):
-        """One attempt; True if the event is containerd's now, or nothing can make it so."""
+        """One attempt: over ttrpc, once more where the connection had been closed, by containerd's
+        publish command. False if nobody has it; RpcError if containerd refuses it."""
         for _ in range(2):
             try:
                 yield from client.call("containerd.services.events.ttrpc.v1.Events", "Forward", request, EVENT_TIMEOUT_S)
                 return True
             except RpcError as error:
-                if error.args[0] == INVALID_ARGUMENT:
-                    log("event %s refused: %s" % (topic, error.args[1]))
-                    return True
+                if error.args[0] not in (UNAVAILABLE, DEADLINE_EXCEEDED):
+                    raise
                 client.close()
+                if error.args[0] == DEADLINE_EXCEEDED:
+                    return False
             except OSError:
                 client.close()
-        if failures and self.flags.get("publish-binary"):
+        if failures and self.flags.get("publish-binary") and is_listened_to(self.flags["address"]):
             return (yield from self.publish_by_command(topic, event))
         return False
 
@@ -14205,6 +14238,15 @@ class Shim:
             os.kill(pid, SIGKILL)
             yield done, None
         return codes == [0]
+
+
+def is_listened_to(path):
+    """Whether somebody accepts connections at a socket's path."""
+    try:
+        os.close(connect_to(path))
+        return True
+    except OSError:
+        return False
 
 
 def pause_until(deadline):
@@ -14276,28 +14318,17 @@ class Client:
 
     def connect(self):
         """Opens the connection if there is none."""
-        import _socket
-        if self.fd >= 0:
-            return
-        peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-        try:
-            peer.connect(self.path)     # a local socket: accepted or refused at once
-        except OSError:
-            peer.close()
-            raise
-        self.fd = peer.detach()
-        os.set_blocking(self.fd, False)
-        self.stream, self.reader = 1, FrameReader()
+        if self.fd < 0:
+            self.fd = connect_to(self.path)
+            self.stream, self.reader = 1, FrameReader()
 
     def call(self, service, method, payload, seconds=None):
         """A task: the response's bytes; RpcError or OSError if there is none."""
         self.connect()
         stream, self.stream = self.stream, self.stream + 2
-        yield from write_all(self.fd, request_frame(stream, service, method, payload, seconds or 0))
         deadline = time.monotonic() + seconds if seconds else None
-        while True:
-            if not (yield readable(self.fd, max(0, deadline - time.monotonic()) if deadline else None)):
-                raise RpcError(DEADLINE_EXCEEDED, "%s: no answer within %g s" % (method, seconds))
+        in_time = yield from write_all(self.fd, request_frame(stream, service, method, payload, seconds or 0), deadline)
+        while in_time and (yield readable(self.fd, seconds_until(deadline))):
             data = os.read(self.fd, COPY_BYTES)
             if not data:
                 raise RpcError(UNAVAILABLE, "%s: the peer closed the connection" % method)
@@ -14306,6 +14337,7 @@ class Client:
                     if body is None:
                         raise RpcError(RESOURCE_EXHAUSTED, "%s: an answer of %d bytes" % (method, size))
                     return response_payload(body)
+        raise RpcError(DEADLINE_EXCEEDED, "%s: no answer within %g s" % (method, seconds))
 
     def close(self):
         """The next call connects anew."""

@@ -441,6 +441,138 @@ def test_the_crash_of_one_container_does_not_touch_another(bundle, heard):
     assert heard.topics(second.id) == ["create", "start", "exit", "delete"]
 
 
+# -- events, while containerd is away or unwell (L9) --
+
+def live(bundle):
+    """Create, Start, a kill, Delete: four events."""
+    bundle.create()
+    bundle.call("Start")
+    bundle.call("Kill", signal=9)
+    bundle.call("Wait")
+    bundle.call("Delete")
+
+
+LIFE = ["create", "start", "exit", "delete"]
+
+
+def test_events_wait_for_a_containerd_that_is_away(bundle, heard):
+    "L9: and come in their order, once each"
+    heard.stop()
+    bundle.start()
+    for _ in range(3):
+        live(bundle)
+    heard.start()
+    until(lambda: len(heard.events) >= 12)
+    assert heard.topics() == LIFE * 3
+
+
+def test_events_go_on_after_a_restart_of_containerd(bundle, heard):
+    "L9"
+    bundle.start()
+    for number in range(3):
+        live(bundle)
+        until(lambda: len(heard.events) == 4 * number + 4)
+        heard.stop()
+        heard.start()
+    assert heard.topics() == LIFE * 3
+
+
+def test_what_containerd_refuses_again_and_again_does_not_hold_up_the_rest(bundle, heard):
+    "L9: as for runc's shim, five times are enough"
+    asked = []
+    heard.answer = lambda topic: asked.append(topic) or ((chibishim.UNKNOWN_ERROR, "no") if topic == "/tasks/create" else None)
+    bundle.start()
+    live(bundle)
+    until(lambda: len(heard.events) == 3)
+    assert heard.topics() == LIFE[1:] and asked.count("/tasks/create") == chibishim.MAX_REFUSALS
+
+
+def test_an_event_that_containerd_calls_invalid_is_not_repeated(bundle, heard):
+    asked = []
+    heard.answer = lambda topic: asked.append(topic) or ((chibishim.INVALID_ARGUMENT, "no") if topic == "/tasks/start" else None)
+    bundle.start()
+    live(bundle)
+    until(lambda: len(heard.events) == 3)
+    assert asked == ["/tasks/" + topic for topic in LIFE]
+
+
+def test_an_event_that_is_not_answered_is_sent_again(bundle, heard, monkeypatch):
+    "L9, T7: and the calls go on meanwhile"
+    heard.stop()
+    frozen = socket.socket(socket.AF_UNIX)
+    os.unlink(heard.path)
+    frozen.bind(heard.path)
+    frozen.listen()
+    began = time.monotonic()
+    bundle.start()
+    live(bundle)
+    assert time.monotonic() - began < chibishim.EVENT_TIMEOUT_S
+    frozen.close()
+    heard.start()
+    until(lambda: len(heard.events) == 4)
+    assert heard.topics() == LIFE
+
+
+@pytest.fixture
+def published(bundle, monkeypatch):
+    """A publisher in place of containerd's command; what it was called with."""
+    monkeypatch.delenv("TTRPC_ADDRESS", raising=False)
+    bundle.publisher = os.path.join(bundle.directory, "publisher")
+    with open(bundle.publisher, "w") as file:
+        file.write("#!/bin/sh\necho $* >> %s/calls\ncat >> %s/events\n" % (bundle.directory, bundle.directory))
+    os.chmod(bundle.publisher, 0o755)
+    return bundle
+
+
+def test_no_process_is_started_for_an_event_that_nobody_would_take(published):
+    "L9"
+    published.start()
+    live(published)
+    time.sleep(1)
+    assert not os.path.exists(published.directory + "/calls")
+
+
+def test_a_containerd_without_ttrpc_has_its_events_by_its_command(published):
+    "L9"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(published.directory + "/none")
+        listener.listen()
+        published.start()
+        live(published)
+        until(lambda: chibishim.read_text(published.directory + "/calls", "").count("\n") == 3)
+    calls = chibishim.read_text(published.directory + "/calls").splitlines()
+    assert calls == ["--address %s/none publish --topic /tasks/%s --namespace test" % (published.directory, topic) for topic in LIFE]
+    with open(published.directory + "/events", "rb") as file:
+        assert b"containerd.events.TaskExit" in file.read()
+
+
+def test_a_full_queue_keeps_the_exits(monkeypatch, capfd):
+    "L9: clients act on them"
+    monkeypatch.setattr(chibishim, "MAX_EVENTS", 4)
+    shim = chibishim.Shim({"namespace": "test", "address": "/none"}, None, "", "/")
+    for number in range(4):
+        shim.publish("/tasks/exit", "TaskExit", {"container_id": "c%d" % number})
+        shim.publish("/tasks/delete", "TaskDelete", {"container_id": "c%d" % number})
+    assert [topic for topic, _, _ in shim.events] == ["/tasks/exit"] * 4
+    shim.publish("/tasks/exit", "TaskExit", {"container_id": "last"})
+    assert [decode("TaskExit", event["value"])["container_id"] for _, event, _ in shim.events] == ["c1", "c2", "c3", "last"]
+    assert capfd.readouterr().err.count("is lost") == 5
+
+
+def test_a_full_backlog_does_not_block(tmp_path):
+    "T7: a containerd that is stopped takes no connections"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen(0)
+    clients = [chibishim.Client(str(tmp_path / "s")) for _ in range(4)]
+    with pytest.raises(BlockingIOError):
+        for client in clients:
+            client.connect()
+    for client in clients:
+        client.close()
+    listener.close()
+
+
 # -- P: the process --
 
 POISON = "import os; os.write(2, b'injected'); os._exit(99)\n"

@@ -33,12 +33,13 @@ class Bundle:
         self.config = chibishim.default_config("guest.wasm", list(arguments), [], [], False)
         self.config["linux"]["cgroupsPath"] = "/%s/%s" % (GROUP, self.id)
         self.output = os.path.join(directory, self.id + ".out")
+        self.publisher = ""
         self.peer = None
 
     def command(self, action, data=b""):
         with open(os.path.join(self.path, "config.json"), "w") as file:
             json.dump(self.config, file)
-        return subprocess.run([SHIM, "-namespace", "test", "-address", self.directory + "/none", "-publish-binary", "",
+        return subprocess.run([SHIM, "-namespace", "test", "-address", self.directory + "/none", "-publish-binary", self.publisher,
                                "-id", self.id, "-bundle", self.path, action], input=data, cwd=self.path, capture_output=True, timeout=20)
 
     def start(self, data=None):
