@@ -19,23 +19,31 @@ NAME = "containerd-shim-chibiwasm-v1"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 DATE = (1980, 1, 1, 0, 0, 0)
 
-# The module is several code objects, so that nobody waits for what is not needed: what a shim
-# needs until a guest runs, the engine, its native tier, and system call filters. Each
-# later one is loaded at the first call of one of these names.
+# The module is several code objects, so that nobody waits for what is not needed, nor has it in
+# memory. The first has a shim's commands, and what several of the others need; then the
+# daemon, a container's set-up, the engine, its native tier, system call filters, what few
+# containers ask for, commands for people. Each is loaded at the first call of one of the names, after those
+# with the numbers.
 STAGES = (
-    ("warm_up", "Module", "native_status", "run_command", "command_run", "command_container", "command_image", "command_inspect"),
-    ("Machine", "compile_function"),
-    ("plan_seccomp",),
+    (("serve",), ()),
+    (("container_child",), (1,)),
+    (("warm_up", "Module", "native_status", "run_command", "command_run"), ()),
+    (("Machine", "compile_function"), (3,)),
+    (("plan_seccomp",), (1,)),
+    (("measure_cgroup", "mount_mapped", "mount_long", "start_logger", "make_user_namespace", "prepare_child", "plan_scheduling",
+      "plan_mapping", "plan_time", "enter_cgroup"), (1,)),
+    (("command_container", "command_image", "command_inspect"), (1, 2, 3, 4, 5, 6)),
 )
 
 # Run by each Python, without the tables of columns, a third of the code. Reads the source from
 # stdin; prints the magic number and the sizes, then the code objects. A statement of the
-# module belongs to the first stage whose roots reach, by the names in it, what it defines or
-# puts something into; one that does neither, to the first stage that has all it names. A name
-# in a string counts where it is called: the table of instructions has such expressions.
+# module belongs to the one stage whose names lead, by the names in it, to what it defines
+# or puts something into; where several do, to the last that comes before them all. One
+# that defines nothing belongs where all is that it names. A name in a string counts where it
+# is called: the table of instructions has such expressions.
 COMPILE = """
 import ast, dis, importlib.util, marshal, re, sys
-stages = [("main",)] + [tuple(words.split(",")) for words in sys.argv[1:]]
+stages = [(("main",), ())] + list(ast.literal_eval(sys.argv[1]))
 
 def names(code):
     found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
@@ -59,22 +67,37 @@ def definitions(statement):
         return {(a.asname or a.name).partition(".")[0] for a in statement.names}
     return {statement.name} if hasattr(statement, "name") else set()
 
+def closure(roots):
+    reached, new = set(), set(roots)
+    while new:
+        reached |= new
+        new = set().union(*(leads[name] for name in new)) - reached - stubs
+    return reached
+
+def place(names):
+    users = [k for k in range(len(stages)) if names & reached[k]]
+    return max(k for k in range(len(stages)) if all(k in (0, user, *stages[user][1]) for user in users))
+
 body = ast.parse(sys.stdin.buffer.read()).body
 used = [names(compiled([statement])) for statement in body]
 defined = [definitions(statement) for statement in body]
-everything, reached, left, parts = set().union(*defined), set(), list(range(len(body))), []
-for number, roots in enumerate(stages):
-    stubs = {name for later in stages[number + 1:] for name in later}
-    new = set(roots)
-    while new:
-        reached |= new
-        new = set().union(*(used[i] for i in left if defined[i] & reached)) & everything - reached - stubs
-    last = number == len(stages) - 1
-    mine = [i for i in left if last or (defined[i] & reached if defined[i] else not used[i] & everything - reached)]
-    left = [i for i in left if i not in mine]
-    stub = "def {0}(*words, **options):\\n    return load({1}, '{0}')(*words, **options)\\n"
-    text = "".join(stub.format(name, later) for later in range(1, len(stages)) for name in stages[later] if not number)
-    parts.append(marshal.dumps(compiled(ast.parse(text).body + [body[i] for i in mine])))
+everything = set().union(*defined)
+stubs = {name for roots, _ in stages for name in roots}
+leads = {name: set() for name in everything}
+for uses, names_here in zip(used, defined):
+    for name in names_here:
+        leads[name] |= uses & everything
+reached = [closure(roots) for roots, _ in stages]
+places = [place(names) if names else None for names in defined]
+home = {name: places[i] for i in range(len(body)) for name in defined[i]}
+for i, names in enumerate(defined):
+    if not names:
+        wanted = {home[name] for name in used[i] & everything}
+        places[i] = next(k for k in range(len(stages)) if wanted <= {0, k, *stages[k][1]})
+stub = "def {0}(*words, **options):\\n    return load({1}, '{0}')(*words, **options)\\n"
+text = "".join(stub.format(name, k) for k in range(1, len(stages)) for name in stages[k][0])
+parts = [marshal.dumps(compiled((ast.parse(text).body if k == 0 else []) + [body[i] for i in range(len(body)) if places[i] == k]))
+         for k in range(len(stages))]
 sizes = " ".join(str(len(part)) for part in parts)
 sys.stdout.buffer.write((importlib.util.MAGIC_NUMBER.hex() + " " + sizes + "\\n").encode() + b"".join(parts))
 """
@@ -101,8 +124,12 @@ if found:
     fd = posix.open(loader.archive, posix.O_RDONLY | posix.O_CLOEXEC)
     archive = memoryview(mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ))
     posix.close(fd)
+    absent = set(range(len(AFTER)))
     def load(stage, name):
-        exec(marshal.loads(archive[found[stage]:found[stage + 1]]), names)
+        for one in (*AFTER[stage], stage):
+            if one in absent:
+                absent.remove(one)
+                exec(marshal.loads(archive[found[one]:found[one + 1]]), names)
         return names[name]
     names["load"] = load
     load(0, "main")
@@ -141,7 +168,7 @@ def candidates():
 
 def compile_with(python, source):
     """(magic number in hex, marshalled code objects, their sizes) of the source by that Python."""
-    done = subprocess.run([python, "-IS", "-X", "no_debug_ranges", "-c", COMPILE, *map(",".join, STAGES)], input=source,
+    done = subprocess.run([python, "-IS", "-X", "no_debug_ranges", "-c", COMPILE, repr(STAGES)], input=source,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
@@ -182,7 +209,8 @@ def build(output, python, compilers, required):
                 add(archive, "code/" + magic, code)
                 start = file.tell() - len(code)
                 table[magic] = [start + sum(sizes[:stage]) for stage in range(len(sizes) + 1)]
-            add(archive, "__main__.py", ("CODE = %r\n" % table + MAIN).encode())
+            after = [()] + [numbers for _, numbers in STAGES]
+            add(archive, "__main__.py", ("CODE = %r\nAFTER = %r\n" % (table, after) + MAIN).encode())
             add(archive, "chibishim.py", source, zipfile.ZIP_DEFLATED)
     os.chmod(temporary, 0o755)
     os.replace(temporary, output)

@@ -10985,6 +10985,111 @@ class Cgroup:
         if "" in self.directories and not set(self.directories) - {""}:
             delegate_controllers(self.directories[""])
 
+    @property
+    def unified(self):
+        """The directory in the unified hierarchy, or None."""
+        return self.directories.get("")
+
+    def enter(self, pid=0, path=None):
+        """Moves a process in, the calling one by default, to all directories or one of them. The
+        kernel lets the first writer wait for 5 to 20 ms."""
+        for path in [path] if path else self.paths():
+            write_text(os.path.join(path, "cgroup.procs"), str(pid))
+
+    def enter_alone(self):
+        """Moves the calling process in, which has one thread, save for the unified hierarchy. A
+        thread that moves itself need not wait (since Linux 5.5)."""
+        for path in self.paths():
+            if path != self.unified:
+                write_text(os.path.join(path, "tasks"), "0")
+
+    def pids(self):
+        """The processes inside, children's groups included, as this pid namespace numbers them."""
+        found = set()
+        for path in self.paths()[:1]:
+            for directory, _, _ in os.walk(path):
+                found.update(int(line) for line in read_text(os.path.join(directory, "cgroup.procs"), "").split())
+        return sorted(found - {0})
+
+    def kill(self):
+        """SIGKILL for all inside; a task that ends when they are gone, or after a second."""
+        for _ in range(KILL_ROUNDS):
+            pids = self.pids()
+            if not pids:
+                return
+            for pid in pids:
+                try:
+                    os.kill(pid, SIGKILL)
+                except ProcessLookupError:
+                    pass
+            try:
+                self.freeze(False)      # version 1's freezer holds even the killed
+            except OSError:
+                pass                    # removed meanwhile
+            yield None, 0.005
+
+    def remove(self):
+        """Removes the directories, deepest first; gone ones are no error. True if all are gone."""
+        for path in self.paths():
+            for directory, _, _ in os.walk(path, topdown=False):
+                try:
+                    os.rmdir(directory)
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    return False
+        return True
+
+    def freeze(self, frozen):
+        """Stops or continues every process inside."""
+        if "freezer" in self.directories:
+            write_text(self.file("freezer", "freezer.state"), "FROZEN" if frozen else "THAWED")
+        elif "" in self.directories:
+            write_text(self.file("", "cgroup.freeze"), "1" if frozen else "0")
+
+    def frozen(self):
+        """Whether freeze(True) took hold of all."""
+        if "freezer" in self.directories:
+            return read_text(self.file("freezer", "freezer.state"), "") == "FROZEN"
+        return "frozen 1" in read_text(self.file("", "cgroup.events"), "")
+
+    def oom_kills(self):
+        """How many processes inside the kernel killed for want of memory."""
+        return self.pairs("memory", "memory.oom_control" if "memory" in self.directories else "memory.events").get("oom_kill", 0)
+
+    def watch_oom(self):
+        """A descriptor that is readable when memory has run out, -1 where nobody tells: in version 1
+        an eventfd, in version 2 an inotify of memory.events."""
+        if "memory" in self.directories:
+            fd = libc.eventfd(0, os.O_CLOEXEC | os.O_NONBLOCK)
+            control = os.open(self.file("memory", "memory.oom_control"), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                write_text(self.file("memory", "cgroup.event_control"), "%d %d" % (fd, control))
+            finally:
+                os.close(control)
+            return fd
+        path = self.file("", "memory.events")
+        if not os.path.exists(path):
+            return -1
+        fd = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        libc.inotify_add_watch(fd, os.fsencode(path), IN_MODIFY)
+        return fd
+
+    def value(self, controller, name):
+        """A file with one number; "max" is the largest, an absent one 0."""
+        text = read_text(self.file(controller, name), "0")
+        return MAX_U64 if text == "max" else int(text) if text.isdigit() else 0
+
+    def pairs(self, controller, name):
+        """{key: int} of a file of 'key value' lines; an absent one has none."""
+        return key_values(read_text(self.file(controller, name), ""))
+
+
+class LimitedCgroup(Cgroup):
+    """A cgroup whose limits are set."""
+
+    __slots__ = ()
+
     def find(self, controller, *names):
         """The path of the first of a controller's files that is there, "" if none is. Beside version
         1 the unified hierarchy's controllers are enabled when first needed."""
@@ -11139,95 +11244,20 @@ class Cgroup:
         """One line of the version 1 list."""
         write_text(os.path.join(self.directories["devices"], "devices.allow" if allow else "devices.deny"), text)
 
-    @property
-    def unified(self):
-        """The directory in the unified hierarchy, or None."""
-        return self.directories.get("")
 
-    def enter(self, pid=0, path=None):
-        """Moves a process in, the calling one by default, to all directories or one of them. The
-        kernel lets the first writer wait for 5 to 20 ms."""
-        for path in [path] if path else self.paths():
-            write_text(os.path.join(path, "cgroup.procs"), str(pid))
+def limit_cgroup(cgroup, resources, devices=None):
+    """Applies linux.resources, and the rules for devices if there are any: not in Update, which
+    would take them all away for a moment. OSError or ConfigError names what could not be."""
+    cgroup = LimitedCgroup(cgroup.directories)
+    cgroup.limit(resources)
+    if devices is not None:
+        cgroup.limit_devices(devices)
 
-    def enter_alone(self):
-        """Moves the calling process in, which has one thread, save for the unified hierarchy. A
-        thread that moves itself need not wait (since Linux 5.5)."""
-        for path in self.paths():
-            if path != self.unified:
-                write_text(os.path.join(path, "tasks"), "0")
 
-    def pids(self):
-        """The processes inside, children's groups included, as this pid namespace numbers them."""
-        found = set()
-        for path in self.paths()[:1]:
-            for directory, _, _ in os.walk(path):
-                found.update(int(line) for line in read_text(os.path.join(directory, "cgroup.procs"), "").split())
-        return sorted(found - {0})
+class MeasuredCgroup(Cgroup):
+    """A cgroup whose metrics are read."""
 
-    def kill(self):
-        """SIGKILL for all inside; a task that ends when they are gone, or after a second."""
-        for _ in range(KILL_ROUNDS):
-            pids = self.pids()
-            if not pids:
-                return
-            for pid in pids:
-                try:
-                    os.kill(pid, SIGKILL)
-                except ProcessLookupError:
-                    pass
-            try:
-                self.freeze(False)      # version 1's freezer holds even the killed
-            except OSError:
-                pass                    # removed meanwhile
-            yield None, 0.005
-
-    def remove(self):
-        """Removes the directories, deepest first; gone ones are no error. True if all are gone."""
-        for path in self.paths():
-            for directory, _, _ in os.walk(path, topdown=False):
-                try:
-                    os.rmdir(directory)
-                except FileNotFoundError:
-                    pass
-                except OSError:
-                    return False
-        return True
-
-    def freeze(self, frozen):
-        """Stops or continues every process inside."""
-        if "freezer" in self.directories:
-            write_text(self.file("freezer", "freezer.state"), "FROZEN" if frozen else "THAWED")
-        elif "" in self.directories:
-            write_text(self.file("", "cgroup.freeze"), "1" if frozen else "0")
-
-    def frozen(self):
-        """Whether freeze(True) took hold of all."""
-        if "freezer" in self.directories:
-            return read_text(self.file("freezer", "freezer.state"), "") == "FROZEN"
-        return "frozen 1" in read_text(self.file("", "cgroup.events"), "")
-
-    def oom_kills(self):
-        """How many processes inside the kernel killed for want of memory."""
-        return self.pairs("memory", "memory.oom_control" if "memory" in self.directories else "memory.events").get("oom_kill", 0)
-
-    def watch_oom(self):
-        """A descriptor that is readable when memory has run out, -1 where nobody tells: in version 1
-        an eventfd, in version 2 an inotify of memory.events."""
-        if "memory" in self.directories:
-            fd = libc.eventfd(0, os.O_CLOEXEC | os.O_NONBLOCK)
-            control = os.open(self.file("memory", "memory.oom_control"), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                write_text(self.file("memory", "cgroup.event_control"), "%d %d" % (fd, control))
-            finally:
-                os.close(control)
-            return fd
-        path = self.file("", "memory.events")
-        if not os.path.exists(path):
-            return -1
-        fd = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        libc.inotify_add_watch(fd, os.fsencode(path), IN_MODIFY)
-        return fd
+    __slots__ = ()
 
     def metrics(self):
         """(version, dict) of a message Metrics of that version: 1 where that one counts memory. Every
@@ -11257,15 +11287,6 @@ class Cgroup:
                          "failcnt": self.pairs("", "hugetlb.%s.events" % size).get("max", 0)} for size in self.page_sizes(".current")],
             "memory_events": numbers("MemoryEvents", events),
         }
-
-    def value(self, controller, name):
-        """A file with one number; "max" is the largest, an absent one 0."""
-        text = read_text(self.file(controller, name), "0")
-        return MAX_U64 if text == "max" else int(text) if text.isdigit() else 0
-
-    def pairs(self, controller, name):
-        """{key: int} of a file of 'key value' lines; an absent one has none."""
-        return key_values(read_text(self.file(controller, name), ""))
 
     def cpu_metrics1(self):
         """CPUStat1, in nanoseconds."""
@@ -11348,6 +11369,11 @@ class Cgroup:
             for name in ("io_service_bytes_recursive", "io_serviced_recursive"):
                 stat[name] = list(entries("throttle." + name))
         return stat
+
+
+def measure_cgroup(cgroup):
+    """(version, dict) of a message Metrics of that version."""
+    return MeasuredCgroup(cgroup.directories).metrics()
 
 
 def numbers(message, stat):
@@ -13023,9 +13049,7 @@ class TaskService:
         cgroup.create()
         container.oom_kills = cgroup.oom_kills()        # of another container's, if it was there
         resources = linux.get("resources") or {}
-        cgroup.limit(resources)
-        if "devices" in resources:      # not in Update: it would take them all away for a moment
-            cgroup.limit_devices(resources["devices"] or ())
+        limit_cgroup(cgroup, resources, resources.get("devices") or () if "devices" in resources else None)
         return cgroup
 
     def fork(self, container, process, spec, steps, spaces, keep=()):
@@ -13314,7 +13338,7 @@ class TaskService:
         container, _ = self.find(request, "Stats")
         if not container.cgroup:
             raise RpcError(NOT_FOUND, "%s: the container has no cgroup" % container.id)
-        version, metrics = container.cgroup.metrics()
+        version, metrics = measure_cgroup(container.cgroup)
         return {"stats": any_of("io.containerd.cgroups.v%d.Metrics" % version, "Metrics%d" % version, metrics)}
 
     # --- control ---
@@ -13387,7 +13411,7 @@ class TaskService:
             check_fields({"linux": {"resources": resources}}, OCI_FIELDS, "", "Update")
             if not container.cgroup:
                 raise ConfigError("%s: the container has no cgroup" % container.id)
-            container.cgroup.limit(resources)
+            limit_cgroup(container.cgroup, resources)
         except (ConfigError, OSError) as error:
             raise RpcError(INVALID_ARGUMENT, str(getattr(error, "strerror", None) or error)) from None
         return {}
@@ -14026,12 +14050,17 @@ def detach(flags, listener, path):
         close_all_but(0, 1, 2, listener.fileno())
         bundle = os.getcwd()
         os.chdir("/")
-        Shim(flags, listener, path, bundle).serve()
+        serve(flags, listener, path, bundle)
         code = 0
     except Exception:
         log_exception()
     finally:
         os._exit(code)
+
+
+def serve(flags, listener, path, bundle):
+    """The daemon's life."""
+    Shim(flags, listener, path, bundle).serve()
 
 
 class Shim:

@@ -438,7 +438,7 @@ def pretended(directory, version, **contents):
     for name in NAMES[version].split():
         (directory / name).write_text(contents.get(name.replace(".", "_"), ""))
     controllers = "memory cpu pids blkio net_cls net_prio rdma".split() if version == 1 else [""]
-    return chibishim.Cgroup(dict.fromkeys(controllers, str(directory)))
+    return chibishim.LimitedCgroup(dict.fromkeys(controllers, str(directory)))
 
 
 def block_io(name, **item):
@@ -546,7 +546,7 @@ def test_limits_of_wrong_types_are_named(resources, text):
 @pytest.fixture
 def limits(group):
     """A Cgroup of version 2 with controllers, and a function that reads its files."""
-    made = chibishim.Cgroup({"": group})
+    made = chibishim.LimitedCgroup({"": group})
     made.create()
     missing = {"memory", "cpu", "io", "pids", "hugetlb"} - set(chibishim.read_text(group + "/cgroup.controllers").split())
     if missing:
@@ -590,7 +590,7 @@ def test_version_2_names_the_device_that_it_does_not_know(limits):
 def test_the_class_and_the_priorities_of_packets_are_set(tmp_path):
     def test():
         chibishim.mount("cgroup", str(tmp_path), "cgroup", 0, "net_cls,net_prio")
-        group = chibishim.Cgroup(dict.fromkeys(("net_cls", "net_prio"), str(tmp_path / "chibitest")))
+        group = chibishim.LimitedCgroup(dict.fromkeys(("net_cls", "net_prio"), str(tmp_path / "chibitest")))
         group.create()
         try:
             group.limit({"network": {"classID": 0x100001, "priorities": [{"name": "lo", "priority": 4}]}})
@@ -632,7 +632,7 @@ def measured(directory, files, controllers):
     """What a reader of the message gets."""
     for name, text in files.items():
         (directory / name).write_text(text)
-    version, metrics = chibishim.Cgroup(dict.fromkeys(controllers, str(directory))).metrics()
+    version, metrics = chibishim.measure_cgroup(chibishim.Cgroup(dict.fromkeys(controllers, str(directory))))
     message = "Metrics%d" % version
     return message, chibishim.decode(message, chibishim.encode(message, metrics))
 
