@@ -288,41 +288,46 @@ MESSAGES = {
     "RuntimeInfo": "1 name string, 2 version RuntimeVersion, 3 options Any, 4 features Any, 5 annotations [Pair]",
     "RuntimeVersion": "1 version string, 2 revision string",
     # io.containerd.cgroups.v1
-    "Metrics1": "1 hugetlb [HugetlbStat1], 2 pids PidsStat, 3 cpu CPUStat1, 4 memory MemoryStat1, 5 blkio BlkIOStat, 6 rdma RdmaStat, "
-                "8 cgroup_stats Empty, 9 memory_oom_control MemoryOomControl",
+    "Metrics1": "1 hugetlb [HugetlbStat1], 2 pids PidsStat, 3 cpu CPUStat1, 4 memory MemoryStat1, 5 blkio BlkIOStat, "
+                "6 rdma RdmaStat, 8 cgroup_stats Empty, 9 memory_oom_control MemoryOomControl",
     "HugetlbStat1": "1 usage uint, 2 max uint, 3 failcnt uint, 4 pagesize string",
     "CPUStat1": "1 usage CPUUsage, 2 throttling Throttle",
     "CPUUsage": "1 total uint, 2 kernel uint, 3 user uint, 4 per_cpu [uint]",
     "Throttle": "1 periods uint, 2 throttled_periods uint, 3 throttled_time uint",
-    "MemoryStat1": "1 cache uint, 2 rss uint, 3 rss_huge uint, 4 mapped_file uint, 5 dirty uint, 6 writeback uint, 7 pg_pg_in uint, "
-                   "8 pg_pg_out uint, 9 pg_fault uint, 10 pg_maj_fault uint, 11 inactive_anon uint, 12 active_anon uint, "
-                   "13 inactive_file uint, 14 active_file uint, 15 unevictable uint, 16 hierarchical_memory_limit uint, "
-                   "17 hierarchical_swap_limit uint, 18 total_cache uint, 19 total_rss uint, 20 total_rss_huge uint, "
-                   "21 total_mapped_file uint, 22 total_dirty uint, 23 total_writeback uint, 24 total_pg_pg_in uint, "
-                   "25 total_pg_pg_out uint, 26 total_pg_fault uint, 27 total_pg_maj_fault uint, 28 total_inactive_anon uint, "
-                   "29 total_active_anon uint, 30 total_inactive_file uint, 31 total_active_file uint, 32 total_unevictable uint, "
-                   "33 usage MemoryEntry, 34 swap MemoryEntry, 35 kernel MemoryEntry, 36 kernel_tcp MemoryEntry",
+    "MemoryStat1": "1 cache uint, 2 rss uint, 3 rss_huge uint, 4 mapped_file uint, 5 dirty uint, 6 writeback uint, "
+                   "7 pg_pg_in uint, 8 pg_pg_out uint, 9 pg_fault uint, 10 pg_maj_fault uint, 11 inactive_anon uint, "
+                   "12 active_anon uint, 13 inactive_file uint, 14 active_file uint, 15 unevictable uint, "
+                   "16 hierarchical_memory_limit uint, 17 hierarchical_swap_limit uint, 18 total_cache uint, "
+                   "19 total_rss uint, 20 total_rss_huge uint, 21 total_mapped_file uint, 22 total_dirty uint, "
+                   "23 total_writeback uint, 24 total_pg_pg_in uint, 25 total_pg_pg_out uint, "
+                   "26 total_pg_fault uint, 27 total_pg_maj_fault uint, 28 total_inactive_anon uint, "
+                   "29 total_active_anon uint, 30 total_inactive_file uint, 31 total_active_file uint, "
+                   "32 total_unevictable uint, 33 usage MemoryEntry, 34 swap MemoryEntry, 35 kernel MemoryEntry, "
+                   "36 kernel_tcp MemoryEntry",
     "MemoryEntry": "1 limit uint, 2 usage uint, 3 max uint, 4 failcnt uint",
     "MemoryOomControl": "1 oom_kill_disable uint, 2 under_oom uint, 3 oom_kill uint",
-    "BlkIOStat": "1 io_service_bytes_recursive [BlkIOEntry], 2 io_serviced_recursive [BlkIOEntry], 3 io_queued_recursive [BlkIOEntry], "
-                 "4 io_service_time_recursive [BlkIOEntry], 5 io_wait_time_recursive [BlkIOEntry], 6 io_merged_recursive [BlkIOEntry], "
+    "BlkIOStat": "1 io_service_bytes_recursive [BlkIOEntry], 2 io_serviced_recursive [BlkIOEntry], "
+                 "3 io_queued_recursive [BlkIOEntry], 4 io_service_time_recursive [BlkIOEntry], "
+                 "5 io_wait_time_recursive [BlkIOEntry], 6 io_merged_recursive [BlkIOEntry], "
                  "7 io_time_recursive [BlkIOEntry], 8 sectors_recursive [BlkIOEntry]",
     "BlkIOEntry": "1 op string, 2 device string, 3 major uint, 4 minor uint, 5 value uint",
     # io.containerd.cgroups.v2
-    "Metrics2": "1 pids PidsStat, 2 cpu CPUStat2, 4 memory MemoryStat2, 5 rdma RdmaStat, 6 io IOStat, 7 hugetlb [HugeTlbStat2], "
-                "8 memory_events MemoryEvents",
+    "Metrics2": "1 pids PidsStat, 2 cpu CPUStat2, 4 memory MemoryStat2, 5 rdma RdmaStat, 6 io IOStat, "
+                "7 hugetlb [HugeTlbStat2], 8 memory_events MemoryEvents",
     "PidsStat": "1 current uint, 2 limit uint",
     "CPUStat2": "1 usage_usec uint, 2 user_usec uint, 3 system_usec uint, 4 nr_periods uint, 5 nr_throttled uint, "
                 "6 throttled_usec uint, 7 psi PSIStats, 8 nr_bursts uint, 9 burst_usec uint",
-    "MemoryStat2": "1 anon uint, 2 file uint, 3 kernel_stack uint, 4 slab uint, 5 sock uint, 6 shmem uint, 7 file_mapped uint, "
-                   "8 file_dirty uint, 9 file_writeback uint, 10 anon_thp uint, 11 inactive_anon uint, 12 active_anon uint, "
-                   "13 inactive_file uint, 14 active_file uint, 15 unevictable uint, 16 slab_reclaimable uint, "
-                   "17 slab_unreclaimable uint, 18 pgfault uint, 19 pgmajfault uint, 20 workingset_refault uint, "
-                   "21 workingset_activate uint, 22 workingset_nodereclaim uint, 23 pgrefill uint, 24 pgscan uint, 25 pgsteal uint, "
-                   "26 pgactivate uint, 27 pgdeactivate uint, 28 pglazyfree uint, 29 pglazyfreed uint, 30 thp_fault_alloc uint, "
-                   "31 thp_collapse_alloc uint, 32 usage uint, 33 usage_limit uint, 34 swap_usage uint, 35 swap_limit uint, "
-                   "36 max_usage uint, 37 swap_max_usage uint, 38 psi PSIStats, 39 workingset_refault_anon uint, "
-                   "40 workingset_refault_file uint, 41 workingset_activate_anon uint, 42 workingset_activate_file uint",
+    "MemoryStat2": "1 anon uint, 2 file uint, 3 kernel_stack uint, 4 slab uint, 5 sock uint, 6 shmem uint, "
+                   "7 file_mapped uint, 8 file_dirty uint, 9 file_writeback uint, 10 anon_thp uint, "
+                   "11 inactive_anon uint, 12 active_anon uint, 13 inactive_file uint, 14 active_file uint, "
+                   "15 unevictable uint, 16 slab_reclaimable uint, 17 slab_unreclaimable uint, 18 pgfault uint, "
+                   "19 pgmajfault uint, 20 workingset_refault uint, 21 workingset_activate uint, "
+                   "22 workingset_nodereclaim uint, 23 pgrefill uint, 24 pgscan uint, 25 pgsteal uint, "
+                   "26 pgactivate uint, 27 pgdeactivate uint, 28 pglazyfree uint, 29 pglazyfreed uint, "
+                   "30 thp_fault_alloc uint, 31 thp_collapse_alloc uint, 32 usage uint, 33 usage_limit uint, "
+                   "34 swap_usage uint, 35 swap_limit uint, 36 max_usage uint, 37 swap_max_usage uint, "
+                   "38 psi PSIStats, 39 workingset_refault_anon uint, 40 workingset_refault_file uint, "
+                   "41 workingset_activate_anon uint, 42 workingset_activate_file uint",
     "PSIStats": "1 some PSIData, 2 full PSIData",
     "PSIData": "1 avg10 double, 2 avg60 double, 3 avg300 double, 4 total uint",
     "RdmaStat": "1 current [RdmaEntry], 2 limit [RdmaEntry]",
@@ -10303,9 +10308,10 @@ def plan_mapping(item, flags, where, spaces, user_namespace):
     if any(maps) != all(maps):
         raise ConfigError("%s: uidMappings and gidMappings go together" % where)
     if not any(maps) and "user" not in spaces:
-        raise ConfigError("%s: option %s needs uidMappings and gidMappings, or a user namespace of the container" % (where, words[0]))
+        raise ConfigError("%s: option %s needs uidMappings and gidMappings, or a user namespace of the container" % (
+            where, words[0]))
     if user_namespace:
-        raise ConfigError("%s: to map ids takes the host's root; change the files' owners, and remove the mapping" % where)
+        raise ConfigError("%s: mapped ids take the host's root; change the files' owners, remove the mapping" % where)
     return (*maps, "ridmap" in words)
 
 
@@ -10943,7 +10949,7 @@ LIMITS = {
     "network.classID": ("net_cls", "net_cls.classid", None),
 }
 ZERO_IS_A_VALUE = ("memory.swappiness", "memory.disableOOMKiller", "cpu.burst", "cpu.idle")    # elsewhere it is absence
-THROTTLES = {                           # field of linux.resources.blockIO -> (file of version 1, key in version 2's io.max)
+THROTTLES = {                           # field of linux.resources.blockIO -> (version 1's file, key in version 2's io.max)
     "throttleReadBpsDevice": ("blkio.throttle.read_bps_device", "rbps"),
     "throttleWriteBpsDevice": ("blkio.throttle.write_bps_device", "wbps"),
     "throttleReadIOPSDevice": ("blkio.throttle.read_iops_device", "riops"),
@@ -10960,10 +10966,11 @@ class Cgroup:
     """The directories of one container: `directories` maps a controller of version 1, or
     "" for the unified hierarchy, to a path; two controllers may share one."""
 
-    __slots__ = ("directories",)
+    __slots__ = ("directories", "scope")
 
-    def __init__(self, directories):
+    def __init__(self, directories, scope=None):
         self.directories = directories
+        self.scope = scope              # (slice, unit), if it takes systemd to make them
 
     def paths(self):
         """Every directory once, the unified one first."""
@@ -11113,7 +11120,7 @@ class LimitedCgroup(Cgroup):
         if memory.get("limit") == -1 and not memory.get("swap"):
             memory = dict(memory, swap=-1)      # or it would be the limit of both
         if memory.get("checkBeforeUpdate") and 0 < (memory.get("limit") or 0) < self.memory_usage():
-            raise ConfigError("config.json: linux.resources.memory.limit is less than what is used, see checkBeforeUpdate")
+            raise ConfigError("config.json: linux.resources.memory.limit: more is in use, see checkBeforeUpdate")
         values = flatten(dict(resources, memory=memory))
         refused = []
         for name in filter(values.__contains__, LIMITS):
@@ -11165,9 +11172,9 @@ class LimitedCgroup(Cgroup):
         if name == "memory.swap" and value > 0:     # version 1 counts memory and swap together
             limit = resources["memory"].get("limit") or self.value("", "memory.max")
             if limit == MAX_U64:
-                raise ConfigError("config.json: linux.resources.memory.swap needs memory.limit, as version 2 counts swap alone")
+                raise ConfigError("config.json: linux.resources.memory.swap needs memory.limit, for it is the sum of both")
             if value < limit:
-                raise ConfigError("config.json: linux.resources.memory.swap is less than memory.limit, which it includes")
+                raise ConfigError("config.json: linux.resources.memory.swap includes memory.limit, and is less")
             return str(value - max(limit, 0))
         return "max" if value.__class__ is int and value < 0 else str(value)
 
@@ -11211,8 +11218,8 @@ class LimitedCgroup(Cgroup):
     def limit_rdma(self, limits):
         """What each device may have open of it."""
         for device, item in sorted(limits.items()):
-            words = ["%s=%d" % (key, item[name]) for name, key in (("hcaHandles", "hca_handle"), ("hcaObjects", "hca_object"))
-                     if item.get(name) is not None]
+            names = (("hcaHandles", "hca_handle"), ("hcaObjects", "hca_object"))
+            words = ["%s=%d" % (key, item[name]) for name, key in names if item.get(name) is not None]
             if words:
                 write_text(self.need("rdma", "rdma", "rdma.max"), " ".join([device] + words))
 
@@ -11222,8 +11229,10 @@ class LimitedCgroup(Cgroup):
         names = ["hugetlb.%s.%s" % (size, suffix) for suffix in suffixes if "/" not in size]
         if limit:
             self.need("hugepageLimits", "hugetlb", *names[:1])
-        for path in filter(None, (self.find("hugetlb", name) for name in names)):      # of none there is nothing to limit
-            write_text(path, str(limit))
+        for name in names:
+            path = self.find("hugetlb", name)
+            if path:                    # where there are none, none are used
+                write_text(path, str(limit))
 
     def limit_devices(self, rules):
         """The device allow list: written to version 1's controller; version 2 has none."""
@@ -11267,45 +11276,50 @@ class MeasuredCgroup(Cgroup):
     def metrics1(self):
         """The dict of an io.containerd.cgroups.v1.Metrics message."""
         oom = self.pairs("memory", "memory.oom_control")
-        huge = (("usage", "usage_in_bytes"), ("max", "max_usage_in_bytes"), ("failcnt", "failcnt"))
+        files = (("usage", "usage_in_bytes"), ("max", "max_usage_in_bytes"), ("failcnt", "failcnt"))
+        huge = [dict({key: self.value("hugetlb", "hugetlb.%s.%s" % (size, file)) for key, file in files}, pagesize=size)
+                for size in self.page_sizes(".usage_in_bytes")]
         return {
             "pids": {"current": self.value("pids", "pids.current"), "limit": self.value("pids", "pids.max")},
-            "cpu": self.cpu_metrics1(), "memory": self.memory_metrics1(), "blkio": self.block_io_metrics(), "rdma": self.rdma_metrics(),
-            "hugetlb": [dict({key: self.value("hugetlb", "hugetlb.%s.%s" % (size, name)) for key, name in huge}, pagesize=size)
-                        for size in self.page_sizes(".usage_in_bytes")],
-            "cgroup_stats": {}, "memory_oom_control": {name: oom.get(name, 0) for name in ("oom_kill_disable", "under_oom", "oom_kill")},
+            "cpu": self.cpu_metrics1(), "memory": self.memory_metrics1(), "blkio": self.block_io_metrics(),
+            "rdma": self.rdma_metrics(), "hugetlb": huge, "cgroup_stats": {},
+            "memory_oom_control": numbers("MemoryOomControl", oom),
         }
 
     def metrics2(self):
         """The dict of an io.containerd.cgroups.v2.Metrics message."""
-        events = self.pairs("", "memory.events")
+        huge = [{"pagesize": size, "current": self.value("", "hugetlb.%s.current" % size),
+                 "max": self.value("", "hugetlb.%s.max" % size),
+                 "failcnt": self.pairs("", "hugetlb.%s.events" % size).get("max", 0)}
+                for size in self.page_sizes(".current")]
         return {
             "pids": {"current": self.value("pids", "pids.current"), "limit": self.value("pids", "pids.max")},
             "cpu": dict(numbers("CPUStat2", self.pairs("", "cpu.stat")), psi=self.pressure("cpu")),
-            "memory": self.memory_metrics2(), "rdma": self.rdma_metrics(), "io": {"usage": self.io_metrics(), "psi": self.pressure("io")},
-            "hugetlb": [{"pagesize": size, "current": self.value("", "hugetlb.%s.current" % size), "max": self.value("", "hugetlb.%s.max" % size),
-                         "failcnt": self.pairs("", "hugetlb.%s.events" % size).get("max", 0)} for size in self.page_sizes(".current")],
-            "memory_events": numbers("MemoryEvents", events),
+            "memory": self.memory_metrics2(), "rdma": self.rdma_metrics(), "hugetlb": huge,
+            "io": {"usage": self.io_metrics(), "psi": self.pressure("io")},
+            "memory_events": numbers("MemoryEvents", self.pairs("", "memory.events")),
         }
 
     def cpu_metrics1(self):
         """CPUStat1, in nanoseconds."""
         tick = 1000000000 // os.sysconf("SC_CLK_TCK")
         stat, throttled = self.pairs("cpuacct", "cpuacct.stat"), self.pairs("cpu", "cpu.stat")
-        return {"usage": {"total": self.value("cpuacct", "cpuacct.usage"), "kernel": stat.get("system", 0) * tick, "user": stat.get("user", 0) * tick,
-                          "per_cpu": list(map(int, read_text(self.file("cpuacct", "cpuacct.usage_percpu"), "").split()))},
-                "throttling": {"periods": throttled.get("nr_periods", 0), "throttled_periods": throttled.get("nr_throttled", 0),
-                               "throttled_time": throttled.get("throttled_time", 0)}}
+        per_cpu = list(map(int, read_text(self.file("cpuacct", "cpuacct.usage_percpu"), "").split()))
+        return {"usage": {"total": self.value("cpuacct", "cpuacct.usage"), "kernel": stat.get("system", 0) * tick,
+                          "user": stat.get("user", 0) * tick, "per_cpu": per_cpu},
+                "throttling": {"periods": throttled.get("nr_periods", 0), "throttled_time": throttled.get("throttled_time", 0),
+                               "throttled_periods": throttled.get("nr_throttled", 0)}}
 
     def memory_metrics1(self):
         """MemoryStat1. The kernel writes pgpgin and the like without underscores."""
-        stat = self.pairs("memory", "memory.stat")
-        stat.update({key.replace("pgpg", "pg_pg_").replace("pgmaj", "pg_maj_").replace("pgfault", "pg_fault"): stat[key] for key in list(stat)})
+        stat = {name.replace("pgpg", "pg_pg_").replace("pgmaj", "pg_maj_").replace("pgfault", "pg_fault"): value
+                for name, value in self.pairs("memory", "memory.stat").items()}
         stat["hierarchical_swap_limit"] = stat.get("hierarchical_memsw_limit", 0)
-        entries = (("usage", "memory."), ("swap", "memory.memsw."), ("kernel", "memory.kmem."), ("kernel_tcp", "memory.kmem.tcp."))
-        files = (("limit", "limit_in_bytes"), ("usage", "usage_in_bytes"), ("max", "max_usage_in_bytes"), ("failcnt", "failcnt"))
+        entries = (("usage", ""), ("swap", "memsw."), ("kernel", "kmem."), ("kernel_tcp", "kmem.tcp."))
+        files = (("limit", "limit_in_bytes"), ("usage", "usage_in_bytes"), ("max", "max_usage_in_bytes"),
+                 ("failcnt", "failcnt"))
         return dict(numbers("MemoryStat1", stat), **{
-            name: {key: self.value("memory", prefix + file) for key, file in files} for name, prefix in entries})
+            name: {key: self.value("memory", "memory." + part + file) for key, file in files} for name, part in entries})
 
     def memory_metrics2(self):
         """MemoryStat2"""
@@ -11324,19 +11338,20 @@ class MeasuredCgroup(Cgroup):
         return stats or None
 
     def page_sizes(self, suffix):
-        """The sizes of huge pages for which there is a file of that name."""
+        """The sizes of huge pages for which there is a file hugetlb.SIZE with that suffix."""
         directory = self.file("hugetlb", "")
-        names = sorted(os.listdir(directory)) if os.path.isabs(directory) else ()
-        return [name.split(".")[1] for name in names if name.startswith("hugetlb.") and name.endswith(suffix) and name.count(".") == 2]
+        names = sorted(os.listdir(directory)) if os.path.isdir(directory) else ()
+        words = [name[:-len(suffix)].split(".") for name in names if name.endswith(suffix)]
+        return [size for kind, *size in words if kind == "hugetlb" for size in size[:len(size) == 1]]
 
     def rdma_metrics(self):
         """RdmaStat, of lines 'device hca_handle=2 hca_object=2000'."""
         def entries(name):
             for line in read_text(self.file("rdma", name), "").splitlines():
-                device, *words = line.split()
+                device, *words = line.replace("=max", "=%d" % MAX_U32).split()
                 values = dict(word.split("=") for word in words)
-                handles, objects = (MAX_U32 if text == "max" else int(text) for text in map(values.get, ("hca_handle", "hca_object"), "00"))
-                yield {"device": device, "hca_handles": handles, "hca_objects": objects}
+                yield {"device": device, "hca_handles": int(values.get("hca_handle", 0)),
+                       "hca_objects": int(values.get("hca_object", 0))}
         return {"current": list(entries("rdma.current")), "limit": list(entries("rdma.max"))}
 
     def io_metrics(self):
@@ -11465,19 +11480,191 @@ def cgroup_mounts(table):
     return {name: place for name, place in mounts.items() if name not in ("xattr", "noprefix", "clone_children")}
 
 
-def cgroup_of(cgroups_path, id, mounts):
+def cgroup_of(cgroups_path, id, mounts, systemd=False):
     """The Cgroup for linux.cgroupsPath: absolute below each mount point, or systemd's
-    slice:prefix:name, spelled out as systemd would."""
-    path = cgroups_path or "/" + id
+    slice:prefix:name, spelled out as systemd would. Where systemd manages version 2, the
+    latter is a scope of it with the container's group inside."""
+    path, scope = cgroups_path or "/" + id, None
     if path.count(":") == 2:
         slice, prefix, name = path.split(":")
-        parts = (slice or "system.slice")[:-len(".slice")].split("-")
-        slices = ["-".join(parts[:n]) + ".slice" for n in range(1, len(parts) + 1)] if parts != [""] else []
-        path = "/".join(slices + [name if name.endswith(".slice") else prefix + "-" + name + ".scope"])
+        slice = slice or "system.slice"
+        if not slice.endswith(".slice") or "/" in path:
+            raise ConfigError("config.json: linux.cgroupsPath %r: neither a path nor NAME.slice:PREFIX:NAME" % path)
+        parts = slice[:-len(".slice")].split("-")
+        slices = ["-".join(parts[:n]) + ".slice" for n in range(1, len(parts) + 1)] if slice != "-.slice" else []
+        unit = name if name.endswith(".slice") else prefix + "-" + name + ".scope"
+        path = "/".join(slices + [unit])
+        if systemd and set(mounts) == {""} and unit.endswith(".scope"):
+            scope, path = (slice, unit), path + "/container"
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts or not parts:
         raise ConfigError("cgroup %r: no group below the root" % cgroups_path)
-    return Cgroup({name: os.path.join(point, *parts) for name, (point, _) in mounts.items()})
+    return Cgroup({name: os.path.join(point, *parts) for name, (point, _) in mounts.items()}, scope)
+
+
+# -- systemd --
+#
+# Where systemd manages version 2, a group that it does not know loses its controllers, and with
+# them its limits, when anybody changes a slice above. So it is asked over D-Bus for a scope with
+# Delegate=yes, below which everything is ours. The container's group lies there, for the scope's
+# own limits are set anew by every `systemctl daemon-reload`. A scope needs a process from the
+# start: a keeper, until the container's is there. What has no process any more systemd removes.
+# (systemd.io/CGROUP_DELEGATION, org.freedesktop.systemd1(5), D-Bus specification)
+
+SYSTEMD_RUNS = "/run/systemd/system"    # a directory: sd_booted(3)
+SYSTEM_BUS = "/run/dbus/system_bus_socket"
+BUS_TIMEOUT_S = 10
+BUS_ROUNDS = 400                        # of 5 ms
+MAX_BUS_MESSAGE = 1 << 27
+BUS_CALL, BUS_RETURN, BUS_ERROR = 1, 2, 3
+BUS_NUMBERS = {"y": "B", "b": "I", "u": "I", "t": "Q"}
+
+
+class BusError(OSError):
+    """The bus, or systemd, refuses."""
+
+
+def start_scope(cgroup):
+    """A task that has systemd make the Cgroup's scope, and returns the keeper's pid."""
+    slice, unit = cgroup.scope
+    keeper = os.fork()
+    if not keeper:
+        keep_scope()
+    properties = [("Description", ("s", "container of chibishim")), ("Slice", ("s", slice)), ("PIDs", ("au", [keeper])),
+                  ("Delegate", ("b", 1)), ("DefaultDependencies", ("b", 0)), ("TasksMax", ("t", MAX_U64)),
+                  ("CollectMode", ("s", "inactive-or-failed"))]
+    group = cgroup.directories[""]
+    try:
+        for _ in range(BUS_ROUNDS):
+            try:
+                yield from call_systemd("StartTransientUnit", ("s", "s", "a(sv)", "a(sa(sv))"),
+                                        (unit, "replace", properties, ()))
+                break
+            except BusError as error:
+                if "UnitExists" not in error.strerror:
+                    raise
+            yield None, 0.005           # the container's last scope is about to go
+        for _ in range(BUS_ROUNDS):
+            if str(keeper) in read_text(os.path.dirname(group) + "/cgroup.procs", "").split():
+                break
+            yield None, 0.005
+        else:
+            raise BusError(errno.ETIMEDOUT, "systemd did not make %s" % os.path.dirname(group))
+        os.mkdir(group, 0o755)
+        write_text(group + "/cgroup.procs", str(keeper))
+    except BaseException:
+        os.kill(keeper, SIGKILL)
+        raise
+    return keeper
+
+
+def keep_scope():
+    """The keeper's life; a minute is more than anybody waits."""
+    try:
+        libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+        os.closerange(0, 1 << 20)
+        time.sleep(60)
+    finally:
+        os._exit(0)
+
+
+def call_systemd(member, types, values):
+    """A task that calls a method of systemd's manager on the system bus; BusError if it is refused."""
+    import _socket
+    peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC)
+    try:
+        peer.connect(SYSTEM_BUS)
+        fd = peer.fileno()
+        yield from write_all(fd, b"\0AUTH EXTERNAL %s\r\n" % str(os.geteuid()).encode().hex().encode())
+        line = b""
+        while not line.endswith(b"\n") and len(line) < 1024:
+            line += yield from read_bus(fd, 1)
+        if not line.startswith(b"OK "):
+            raise BusError(errno.EACCES, line.decode("ascii", "replace").strip())
+        bus = "org.freedesktop.DBus"
+        yield from write_all(fd, b"BEGIN\r\n" + bus_message(1, bus, "/org/freedesktop/DBus", bus, "Hello"))
+        yield from read_reply(fd)
+        name, path = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
+        yield from write_all(fd, bus_message(2, name, path, name + ".Manager", member, types, values))
+        yield from read_reply(fd)
+    except OSError as error:
+        raise BusError(error.errno, "systemd: %s: %s: %s" % (SYSTEM_BUS, member, error.strerror)) from None
+    finally:
+        peer.close()
+
+
+def read_bus(fd, size):
+    """A task that reads that many bytes."""
+    data = b""
+    while len(data) < size:
+        try:
+            piece = os.read(fd, size - len(data))
+        except BlockingIOError:
+            if not (yield readable(fd, BUS_TIMEOUT_S)):
+                raise BusError(errno.ETIMEDOUT, "no answer in %d s" % BUS_TIMEOUT_S) from None
+            continue
+        if not piece:
+            raise BusError(errno.ECONNRESET, "the bus hung up")
+        data += piece
+    return data
+
+
+def read_reply(fd):
+    """A task that waits for the answer to the one call that is under way; signals are passed over."""
+    while True:
+        head = yield from read_bus(fd, 16)
+        size, _, fields = struct.unpack_from("<III" if head[:1] == b"l" else ">III", head, 4)
+        fields += -fields % 8
+        if size + fields > MAX_BUS_MESSAGE:
+            raise BusError(errno.EMSGSIZE, "a message of %d bytes" % (size + fields))
+        rest = yield from read_bus(fd, fields + size)
+        if head[1] == BUS_ERROR:        # its name is one of the fields, its text a string of the body
+            words = [rest[:fields], rest[fields + 4:-1]]
+            name = words[0][words[0].find(b"org."):].split(b"\0")[0]
+            raise BusError(errno.EIO, "%s: %s" % tuple(word.decode("utf-8", "replace") for word in (name, words[1])))
+        if head[1] == BUS_RETURN:
+            return
+
+
+def bus_message(serial, destination, path, interface, member, types=(), values=()):
+    """A method call: header, fields, body."""
+    body = bytearray()
+    for type, value in zip(types, values):
+        bus_write(body, type, value)
+    fields = [(1, ("o", path)), (2, ("s", interface)), (3, ("s", member)), (6, ("s", destination))]
+    if types:
+        fields.append((8, ("g", "".join(types))))
+    out = bytearray(struct.pack("<cBBBII", b"l", BUS_CALL, 0, 1, len(body), serial))
+    bus_write(out, "a(yv)", fields)
+    return bytes(out) + bytes(-len(out) % 8) + bytes(body)
+
+
+def bus_write(out, type, value):
+    """Appends a value, aligned as its type demands: a number; a string, path or signature; a variant
+    (type, value); an array; a struct of one-letter types."""
+    kind = type[0]
+    if kind in BUS_NUMBERS:
+        code = BUS_NUMBERS[kind]
+        out += bytes(-len(out) % struct.calcsize("=" + code)) + struct.pack("<" + code, value)
+    elif kind in "sog":
+        data = value.encode()
+        bus_write(out, "y" if kind == "g" else "u", len(data))
+        out += data + b"\0"
+    elif kind == "v":
+        bus_write(out, "g", value[0])
+        bus_write(out, *value)
+    elif kind == "(":
+        out += bytes(-len(out) % 8)
+        for code, item in zip(type[1:-1], value):
+            bus_write(out, code, item)
+    else:
+        bus_write(out, "u", 0)
+        place = len(out)
+        out += bytes(-len(out) % 8 if type[1] in "(t" else 0)
+        start = len(out)
+        for item in value:
+            bus_write(out, type[1:], item)
+        struct.pack_into("<I", out, place - 4, len(out) - start)
 
 
 # cgroup version 2 has no device list: an eBPF program answers for each access. Its
@@ -11593,8 +11780,8 @@ class ContainerError(Exception):
 class Setup:
     """What the operations share while they run in the child."""
 
-    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "mappings", "shared",
-                 "status", "gate", "pid", "later", "payload", "label", "labels", "console", "cwd", "is_inside")
+    __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "mappings",
+                 "shared", "status", "gate", "pid", "later", "payload", "label", "labels", "console", "cwd", "is_inside")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -11971,7 +12158,8 @@ def do_mount_cgroup(setup, target, flags):
     if set(directories) == {""}:
         mount(directories[""], fd_path(fd), None, MS_BIND | MS_REC)
     else:
-        mount_filesystem("tmpfs", fd, target, "tmpfs", flags & ~(MS_RDONLY | MS_BIND | MS_REC), labelled(setup, "tmpfs", "mode=755"))
+        data = labelled(setup, "tmpfs", "mode=755")
+        mount_filesystem("tmpfs", fd, target, "tmpfs", flags & ~(MS_RDONLY | MS_BIND | MS_REC), data)
         for controller, directory in directories.items():
             point = ensure(setup, os.path.join(target, controller.replace("name=", "") or "unified"))
             mount(directory, fd_path(point), None, MS_BIND | MS_REC)
@@ -12899,7 +13087,8 @@ def end_logger(io):
 class Container:
     """A container: its bundle, its init process, those of Exec, and what must be undone."""
 
-    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "pause", "hook", "made", "oom", "oom_kills")
+    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "pause", "hook", "made", "oom",
+                 "oom_kills", "keeper")
 
     def __init__(self, id, bundle):
         self.id = id
@@ -12914,6 +13103,7 @@ class Container:
         self.oom = -1                   # a descriptor of Cgroup.watch_oom
         self.oom_kills = 0              # so many are reported
         self.hook = 0                   # pid of the hook that runs
+        self.keeper = 0                 # pid of the process that keeps systemd's scope until init is in it
         self.made = Event()             # Create has ended
 
     def process(self, exec_id):
@@ -13015,11 +13205,13 @@ class TaskService:
             raise ContainerError("rootfs %s: no such directory" % container.rootfs)
         userns = in_user_namespace()
         steps = plan(config, bundle, container.rootfs, userns)
-        container.cgroup = self.make_cgroup(container, userns)
+        container.cgroup = yield from self.make_cgroup(container, userns)
         init = container.init
         spec = config["process"]
         yield from self.open_streams(container, init, spec)
         self.fork(container, init, spec, steps, namespaces(config))
+        if container.keeper:
+            os.kill(container.keeper, SIGKILL)
         record(bundle, ["init %d %s" % (init.pid, process_start_time(init.pid))])
         if config.get("hooks"):
             yield from self.hear(init)  # b"R"
@@ -13038,14 +13230,18 @@ class TaskService:
         process.io.open(own_terminal(container.config, spec))
 
     def make_cgroup(self, container, userns):
-        """The container's Cgroup with its limits in force, or None where a user namespace
-        has no say in such things and nothing was asked."""
+        """A task that returns the container's Cgroup with its limits in force, or None where a user
+        namespace has no say in such things and nothing was asked."""
         linux = container.config.get("linux") or {}
         if userns and not linux.get("cgroupsPath") and not linux.get("resources"):
             return None
-        cgroup = cgroup_of(linux.get("cgroupsPath"), container.id, cgroup_mounts(mount_table()))
+        systemd = not userns and os.path.isdir(SYSTEMD_RUNS)
+        cgroup = cgroup_of(linux.get("cgroupsPath"), container.id, cgroup_mounts(mount_table()), systemd)
         container.cgroup = cgroup
         record(container.bundle, ["cgroup %s %s" % pair for pair in cgroup.directories.items()])
+        if cgroup.scope:
+            container.keeper = yield from start_scope(cgroup)
+            self.children[container.keeper] = lambda code: setattr(container, "keeper", 0)
         cgroup.create()
         container.oom_kills = cgroup.oom_kills()        # of another container's, if it was there
         resources = linux.get("resources") or {}
@@ -13607,8 +13803,9 @@ def read_config(bundle):
 def mount_rootfs(mounts, rootfs):
     """The mounts of a Create request, in their order, at the bundle's rootfs."""
     for item in mounts:
-        maps = dict(word.split("=", 1) for word in item["options"] if word[:7] in ("uidmap=", "gidmap="))
-        flags, propagation, data = mount_options([word for word in item["options"] if word[:7] not in ("uidmap=", "gidmap=")], "rootfs")
+        words = [word for word in item["options"] if word[:7] not in ("uidmap=", "gidmap=")]
+        maps = dict(word.split("=", 1) for word in item["options"] if word not in words)
+        flags, propagation, data = mount_options(words, "rootfs")
         target = os.path.normpath(os.path.join(rootfs, item["target"].lstrip("/"))) if item["target"] else rootfs
         if target != rootfs and not target.startswith(rootfs + "/"):
             raise ContainerError("rootfs mount target %s leaves the bundle" % item["target"])
@@ -13638,7 +13835,7 @@ def mount_mapped(item, target, flags, data, maps):
         if any(len(row) != 3 for row in rows[0] + rows[1]):
             raise ValueError
     except ValueError:
-        raise ContainerError("rootfs: uidmap=%(uidmap)s, gidmap=%(gidmap)s: not INSIDE:OUTSIDE:SIZE,…" % maps) from None
+        raise ContainerError("rootfs: uidmap=%(uidmap)s gidmap=%(gidmap)s: not INSIDE:OUTSIDE:SIZE,…" % maps) from None
     space = make_user_namespace(*rows)
     try:
         if flags & MS_BIND:
@@ -13902,7 +14099,7 @@ def features():
     offers recursively read-only mounts where it finds "rro"."""
     hooks = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
     linux = {"namespaces": sorted(NAMESPACES), "capabilities": ["CAP_" + name for name in CAPABILITIES],
-             "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": True},
+             "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": True},
              "seccomp": {"enabled": True}, "apparmor": {"enabled": True}, "selinux": {"enabled": True},
              "intelRdt": {"enabled": False}, "mountExtensions": {"idmap": {"enabled": True}}}
     return {"ociVersionMin": "1.0.0", "ociVersionMax": "1.2.0", "hooks": hooks, "linux": linux,

@@ -888,3 +888,109 @@ def test_what_is_no_configuration_is_said(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(chibishim.ConfigError, match="config.json"):
         chibishim.check_config(chibishim.read_config(str(tmp_path)))
+
+
+# systemd
+
+V2 = {"": ("/c", "/")}
+
+
+@pytest.mark.parametrize("path, booted, mounts, directory, scope", [
+    ("a-b.slice:x:1", True, V2, "/c/a.slice/a-b.slice/x-1.scope/container", ("a-b.slice", "x-1.scope")),
+    (":x:1", True, V2, "/c/system.slice/x-1.scope/container", ("system.slice", "x-1.scope")),
+    ("-.slice:x:1", True, V2, "/c/x-1.scope/container", ("-.slice", "x-1.scope")),
+    ("a-b.slice:x:1", False, V2, "/c/a.slice/a-b.slice/x-1.scope", None),
+    ("a.slice:x:1", True, {**V2, "memory": ("/m", "/")}, "/c/a.slice/x-1.scope", None),
+    ("a.slice:x:y.slice", True, V2, "/c/a.slice/y.slice", None), ("/a/1", True, V2, "/c/a/1", None)],
+    ids=["scope", "default slice", "root slice", "no systemd", "version 1", "slice", "no systemd path"])
+def test_a_group_is_where_systemd_puts_it_and_a_scope_if_systemd_runs(path, booted, mounts, directory, scope):
+    group = chibishim.cgroup_of(path, "id", mounts, booted)
+    assert (group.directories[""], group.scope) == (directory, scope)
+
+
+@pytest.mark.parametrize("path", ["a.slice:..:../x", "../../x", "/", "a/../b", "a:x:1", "/a.slice:x:1"])
+def test_a_group_outside_is_refused(path):
+    with pytest.raises(chibishim.ConfigError, match="no group below the root|neither a path"):
+        chibishim.cgroup_of(path, "id", V2, True)
+
+
+def test_a_call_on_the_bus_is_laid_out_as_its_specification_says():
+    assert chibishim.bus_message(2, "e.f", "/a", "b.c", "D", ("u",), (7,)) == bytes.fromhex(
+        "6c010001 04000000 02000000 47000000"
+        "01016f00 02000000 2f6100 0000000000"
+        "02017300 03000000 622e6300 00000000"
+        "03017300 01000000 4400 000000000000"
+        "06017300 03000000 652e6600 00000000"
+        "08016700 017500 00" "07000000")
+
+
+@pytest.mark.parametrize("type, value, data", [
+    ("ay", [1, 2], "02000000 0102"), ("at", [5], "08000000 00000000 0500000000000000"), ("a(sv)", [("k", ("b", 1))],
+     "10000000 00000000 01000000 6b00 016200 000000 01000000"), ("a(sa(sv))", [], "00000000 00000000"), ("s", "é", "02000000 c3a900")])
+def test_a_value_is_aligned_as_its_type_demands(type, value, data):
+    out = bytearray()
+    chibishim.bus_write(out, type, value)
+    assert bytes(out) == bytes.fromhex(data)
+
+
+def answer_of(kind, body=b"", fields=b""):
+    """A message of a bus in the other byte order than our own."""
+    import struct
+    return b"B" + bytes((kind, 0, 1)) + struct.pack(">III", len(body), 9, len(fields)) + fields + bytes(-len(fields) % 8) + body
+
+
+def text_of(text):
+    return len(text).to_bytes(4, "big") + text + b"\0"
+
+
+SIGNAL, RETURN, ERROR = answer_of(4, text_of(b"NameAcquired")), answer_of(2), answer_of(3, text_of(b"it is there"), b"\4\1s\0org.x.UnitExists\0")
+
+
+@pytest.mark.parametrize("answers, text", [
+    ([b"OK 1234\r\n", RETURN + SIGNAL, SIGNAL + RETURN], None), ([b"OK 1234\r\n", RETURN, SIGNAL + ERROR], "org.x.UnitExists: it is there"),
+    ([b"REJECTED EXTERNAL\r\n"], "REJECTED"), ([b"OK 1234\r\n", None], "hung up"), ([b"OK 1234\r\n", b"l\2\0\1\xff\xff\xff\xff" + bytes(8)], "4294967295 bytes"),
+    ([b"OK 1234\r\n", RETURN], "no answer")], ids=["return", "error", "rejected", "hung up", "too long", "silent"])
+def test_a_bus_may_answer_whatever_it_likes(tmp_path, monkeypatch, answers, text):
+    import socket
+    import threading
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "bus"))
+    listener.listen(1)
+    heard, done = [], threading.Event()
+
+    def serve():
+        peer = listener.accept()[0]
+        with peer:
+            for answer in answers:
+                heard.append(peer.recv(65536))
+                if answer is None:
+                    return
+                peer.sendall(answer)
+            done.wait(10)
+    thread = threading.Thread(target=serve)
+    thread.start()
+    monkeypatch.setattr(chibishim, "SYSTEM_BUS", str(tmp_path / "bus"))
+    monkeypatch.setattr(chibishim, "BUS_TIMEOUT_S", 0.2)
+    loop, ended = chibishim.Loop(), []
+
+    def calls():
+        try:
+            yield from chibishim.call_systemd("Member", ("s",), ("value",))
+            ended.append(None)
+        except chibishim.BusError as error:
+            ended.append(error.strerror)
+    loop.spawn(calls())
+    loop.run(lambda: ended)
+    done.set()
+    thread.join()
+    listener.close()
+    assert ended == [None] if text is None else text in ended[0] and "Member" in ended[0]
+    assert heard[0] == b"\0AUTH EXTERNAL %s\r\n" % str(os.geteuid()).encode().hex().encode()
+    if text is None:
+        assert heard[1].startswith(b"BEGIN\r\nl\1") and b"Member" in heard[2] and b"value" in heard[2]
+
+
+def test_no_bus_is_an_error_that_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(chibishim, "SYSTEM_BUS", str(tmp_path / "none"))
+    with pytest.raises(chibishim.BusError, match="none: Member: No such file"):
+        next(chibishim.call_systemd("Member", (), ()))

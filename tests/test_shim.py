@@ -821,6 +821,82 @@ def test_a_wasm_guest_has_its_label_of_selinux(bundle):
         assert file.read().strip("\0\n") == labels[0]
 
 
+@pytest.fixture
+def scoped(bundle):
+    """A container in a slice of systemd, with limits; its scope is gone in the end."""
+    if not os.path.isdir("/run/systemd/system") or not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        pytest.skip("*** no systemd with cgroup version 2: scopes are NOT tested")
+    bundle.slice = "chibitest-%s.slice" % bundle.id
+    bundle.group = "/sys/fs/cgroup/chibitest.slice/%s/shim-%s.scope" % (bundle.slice, bundle.id)
+    bundle.config["linux"].update(cgroupsPath="%s:shim:%s" % (bundle.slice, bundle.id),
+                                  resources={"memory": {"limit": 64 << 20}, "pids": {"limit": 50}, "devices": [{"allow": False, "access": "rwm"}]})
+    yield bundle
+    bundle.command("delete")
+    deadline = time.monotonic() + 5
+    while os.path.exists(bundle.group) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not os.path.exists(bundle.group)
+    assert b"not be found" in systemctl("status", os.path.basename(bundle.group)).stderr
+    systemctl("stop", "chibitest.slice")
+
+
+def systemctl(*words):
+    return subprocess.run(["systemctl", *words], capture_output=True)
+
+
+def scoped_limits(bundle):
+    return [chibishim.read_text("%s/container/%s" % (bundle.group, name), "gone") for name in ("memory.max", "pids.max")]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["host's ids", "user namespace"])
+def test_a_container_of_systemds_keeps_its_limits_whatever_happens_to_the_slice(scoped, own):
+    if own:
+        mapped_ids(scoped)
+    pid = scoped.start().create()
+    scoped.call("Start")
+    assert [process["pid"] for process in scoped.call("Pids")["processes"]] == [pid]
+    with open("/proc/%d/cgroup" % pid) as file:
+        assert file.read() == "0::%s/container\n" % scoped.group[len("/sys/fs/cgroup"):]
+    for words in (["set-property", "--runtime", scoped.slice, "CPUWeight=50"], ["daemon-reload"], ["daemon-reexec"]):
+        assert systemctl(*words).returncode == 0
+        time.sleep(0.5)
+        assert scoped_limits(scoped) == [str(64 << 20), "50"]
+    assert chibishim.read_text(scoped.group + "/pids.max") == "max"
+    update(scoped, {"memory": {"limit": 96 << 20}})
+    assert scoped_limits(scoped)[0] == str(96 << 20)
+    scoped.call("Kill", signal=9)
+    assert scoped.call("Wait")["exit_status"] == 137
+    scoped.call("Delete")
+
+
+def test_a_container_of_systemds_is_made_again_at_once(scoped):
+    scoped.start()
+    for _ in range(5):
+        scoped.create()
+        scoped.call("Start")
+        scoped.call("Kill", signal=9)
+        scoped.call("Wait")
+        scoped.call("Delete")
+
+
+def test_a_container_of_systemds_whose_limits_are_refused_leaves_no_scope(scoped):
+    scoped.config["linux"]["resources"]["blockIO"] = {"leafWeight": 10}
+    scoped.start()
+    assert "leafWeight" in scoped.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=scoped.path)
+
+
+def test_a_slice_that_systemd_refuses_is_named(scoped):
+    scoped.config["linux"]["cgroupsPath"] = "bad name.slice:shim:" + scoped.id
+    scoped.start()
+    assert "StartTransientUnit" in scoped.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=scoped.path)
+
+
+def test_a_killed_shim_leaves_no_scope(scoped):
+    scoped.start().create()
+    scoped.call("Start")
+    os.kill(scoped.call("Connect")["shim_pid"], 9)
+
+
 def test_the_guest_dies_with_its_shim(bundle):
     "L4"
     pid = bundle.start().create()
