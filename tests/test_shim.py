@@ -974,7 +974,7 @@ def test_the_cgroup_is_recorded_before_it_is_made(tmp_path, monkeypatch):
         raise InterruptedError
     monkeypatch.setattr(chibishim.Cgroup, "create", create)
     with pytest.raises(InterruptedError):
-        chibishim.TaskService(None, None, "test").make_cgroup(container, False)
+        list(chibishim.TaskService(None, None, "test").make_cgroup(container, False))
 
 
 def test_delete_removes_the_cgroup_of_a_shim_that_died_before_its_first_process(bundle):
