@@ -277,6 +277,16 @@ MESSAGES = {
     "TaskExecStarted": "1 container_id string, 2 exec_id string, 3 pid uint",
     "TaskPaused": "1 container_id string",
     "TaskResumed": "1 container_id string",
+    # containerd.services: containers, images, content; of which only what is asked for
+    "GetContainerRequest": "1 id string",
+    "GetContainerResponse": "1 container ContainerRecord",
+    "ContainerRecord": "1 id string, 3 image string",
+    "GetImageRequest": "1 name string",
+    "GetImageResponse": "1 image Image",
+    "Image": "1 name string, 3 target Descriptor",
+    "Descriptor": "1 media_type string, 2 digest string, 3 size int",
+    "ReadContentRequest": "1 digest string",
+    "ReadContentResponse": "1 offset int, 2 data bytes",
     # the command line of a shim
     "BootstrapParams": "1 instance_id string, 2 namespace string, 3 log_level int, 4 containerd_version string, "
                        "5 containerd_ttrpc_address string, 6 containerd_grpc_address string, 7 containerd_binary string, "
@@ -11751,9 +11761,10 @@ def buffer_address(memory, _ctypes):
 # chapter 18, looks at its payload, says "ready" and waits for Start on a pipe. The
 # shim's death closes the pipe and the kernel kills the child (PR_SET_PDEATHSIG), so
 # no half-made container outlives its shim. What the child sends on the status pipe:
-# b"R" (all is mounted: the shim's hooks, please), b"W" or b"N" (a Wasm or native
-# payload, ready), b"E" and the text of an error, or the end when the guest runs. The
-# shim answers R, and tells that Start has come, with the child's pid as it numbers it.
+# b"R" (all is mounted: the shim's hooks, please), b"L" (no program is here: is it a layer
+# of the image?), b"W" or b"N" (a Wasm or native payload, ready), b"E" and the text of an
+# error, or the end when the guest runs. The shim answers R, and tells that Start has come,
+# with the child's pid as it numbers it; it answers L with a size and a module.
 
 WASM_MAGIC = b"\0asm"
 WASM_COMPONENT = b"\0asm\x0d\0\1\0"
@@ -12496,7 +12507,7 @@ def do_labels(setup):
 
 
 def do_payload(setup, process):
-    setup.payload = load_payload(process)
+    setup.payload = load_payload(process, None if setup.hooks is None else lambda: receive_module(setup))
     environment = process.get("env") or []
     if setup.payload[0] == "native" and not any(pair.startswith("HOME=") for pair in environment):
         process["env"] = environment + ["HOME=" + home_of((process.get("user") or {}).get("uid") or 0)]
@@ -12554,30 +12565,68 @@ def find_program(name, environment, cwd):
                                                os.strerror(problem.errno).lower()))
 
 
-def load_payload(process):
-    """What args[0] is, by its content: ("wasm", mapped bytes, exported function) or
-    ("native", path)."""
-    name = process["args"][0]
-    environment = process.get("env") or []
+def open_payload(process):
+    """(path, descriptor, exported function or "") of args[0]; what follows a # is the function, if
+    no file has the whole name."""
+    name, environment, cwd = process["args"][0], process.get("env") or [], process.get("cwd") or "/"
     try:
-        path, fd = find_program(name, environment, process.get("cwd") or "/")
-        function = "_start"
+        return (*find_program(name, environment, cwd), "")
     except ContainerError:
         if "#" not in name:
             raise
-        name, _, function = name.partition("#")
-        path, fd = find_program(name, environment, process.get("cwd") or "/")
+    path, _, function = name.partition("#")
+    return (*find_program(path, environment, cwd), function)
+
+
+def load_payload(process, ask=None):
+    """What args[0] is, by its content: ("wasm", mapped bytes, exported function) or
+    ("native", path). Where no such file is, `ask()` may know a module, or None."""
+    name = process["args"][0]
+    try:
+        path, fd, function = open_payload(process)
+    except ContainerError:
+        data = ask and ask()
+        if data is None:
+            raise
+        check_payload(name, data[:8])
+        return "wasm", data, name.partition("#")[2] or "_start"
     head = os.pread(fd, 8, 0)
     if head[:4] == WASM_MAGIC:
-        if head == WASM_COMPONENT:
-            raise ContainerError('exec: "%s": a WebAssembly component; only core modules can run' % name)
+        check_payload(name, head)
         data = map_descriptor(fd)
         os.close(fd)
-        return "wasm", data, function
+        return "wasm", data, function or "_start"
     os.close(fd)
     if head.lstrip()[:1] == b"(":
         raise ContainerError('exec: "%s": WebAssembly text; translate it with wat2wasm' % name)
     return "native", path, None
+
+
+def check_payload(name, head):
+    """ContainerError if the first eight bytes are not those of a module that can run."""
+    if head == WASM_COMPONENT:
+        raise ContainerError('exec: "%s": a WebAssembly component; only core modules can run' % name)
+    if head[:4] != WASM_MAGIC:
+        raise ContainerError('exec: "%s": the image\'s layer is no WebAssembly module' % name)
+
+
+def receive_module(setup):
+    """The module that is a layer of the container's image, from the shim; None if there is none."""
+    os.write(setup.status, b"L")
+    size, = struct.unpack("=q", read_into(bytearray(8), setup.gate))
+    return read_into(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), setup.gate) if size else None
+
+
+def read_into(buffer, fd):
+    """Fills the buffer from the shim's pipe; where that ends early the shim has given us up."""
+    position = 0
+    while position < len(buffer):
+        piece = os.read(fd, min(len(buffer) - position, 1 << 16))
+        if not piece:
+            os._exit(255)
+        buffer[position:position + len(piece)] = piece
+        position += len(piece)
+    return buffer
 
 
 def map_descriptor(fd):
@@ -13119,12 +13168,385 @@ class Container:
         return PAUSED if self.pause and process.state == RUNNING else process.state
 
 
-class TaskService:
-    """The service of a namespace. `publish(topic, message name, message)` queues an event."""
+# -- images whose layers are modules --
+#
+# The layers of a Wasm artifact are no file systems: each is a module, in containerd's
+# content store, and the container's root is empty. A child that finds no program there
+# asks the shim, and the shim asks containerd by gRPC: HTTP/2 (RFC 9113), as much of it as
+# a client needs that opens one stream after the other. The peer may use no dynamic table
+# for its headers (RFC 7541), as we set its size to 0, but it may use Huffman's code. What
+# it may send before we take it is bounded; our requests are too small to fill its window.
 
-    def __init__(self, loop, publish, namespace):
+ARTIFACT_LAYERS = ("application/wasm", "application/vnd.wasm.content.layer.v1+wasm", "application/vnd.module.wasm.content.layer.v1+wasm",
+                   "application/vnd.bytecodealliance.wasm.component.layer.v0+wasm")
+MAX_DOCUMENT_BYTES = 4 << 20            # of an index, a manifest, a configuration
+MAX_LAYER_BYTES = 1 << 30               # as many as a module may have
+GRPC_STALL_S = 10                       # so long without a word is an error
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+HTTP2_HEADER_BYTES, HTTP2_FRAME_BYTES, HTTP2_BLOCK_BYTES = 9, 16384, 65536
+HTTP2_WINDOW, HTTP2_FIRST_WINDOW = 1 << 20, 65535       # what a peer may send before we say more; for a connection, at first
+DATA_FRAME, HEADERS_FRAME, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
+END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY = 1, 1, 4, 8, 0x20
+SETTINGS_HEADER_TABLE_SIZE, SETTINGS_ENABLE_PUSH, SETTINGS_INITIAL_WINDOW_SIZE = 1, 2, 4
+STATIC_STATUS = {8: "200", 9: "204", 10: "206", 11: "304", 12: "400", 13: "404", 14: "500"}     # of the static table's entries
+STATIC_ENTRIES = 61
+HUFFMAN = (                             # length of a code -> its symbols in the order of their codes: RFC 7541, appendix B; ASCII
+    (5, "012aceiost"), (6, " %-./3456789=A_bdfghlmnpru"), (7, ":BCDEFGHIJKLMNOPQRSTUVWYjkqvwxyz"), (8, "&*,;XZ"), (10, '!"()?'),
+    (11, "'+|"), (12, "#>"), (13, "\0$@[]~"), (14, "^}"), (15, "<`{"), (19, "\\"))
+
+
+def http2_frame(type, flags, stream, payload):
+    """The bytes of one frame (RFC 9113, section 4.1)."""
+    return len(payload).to_bytes(3, "big") + struct.pack(">BBI", type, flags, stream) + payload
+
+
+def header_block(fields):
+    """(name, value) pairs as literals that nobody need remember (RFC 7541, section 6.2.2)."""
+    return b"".join([b"\0" + header_string(name) + header_string(value) for name, value in fields])
+
+
+def header_string(text):
+    """A length with a prefix of seven bits (section 5.1), and the bytes as they are."""
+    size = len(text.encode())
+    return (bytes([size]) if size < 127 else b"\x7f" + varint(size - 127)) + text.encode()
+
+
+class HeaderReader:
+    """Reads a header block (RFC 7541, section 6); what it cannot be raises IndexError."""
+
+    def __init__(self, block):
+        self.block = block
+        self.position = 0
+
+    def fields(self):
+        """{name: value}, without what the static table says of others than :status."""
+        found = {}
+        while self.position < len(self.block):
+            first = self.block[self.position]
+            if first & 0x80:
+                found[":status"] = STATIC_STATUS.get(self.index(7), found.get(":status"))
+            elif first & 0xE0 == 0x20:
+                self.integer(5)         # the table's size: 0
+            else:
+                index = self.index(6 if first & 0x40 else 4)
+                name = self.string() if not index else ":status" if index in STATIC_STATUS else ""
+                found[name] = self.string()
+        return found
+
+    def integer(self, bits):
+        """An integer with a prefix of so many bits (section 5.1)."""
+        value = self.block[self.position] & (1 << bits) - 1
+        self.position += 1
+        if value < (1 << bits) - 1:
+            return value
+        for shift in range(0, 28, 7):
+            byte = self.block[self.position]
+            self.position += 1
+            value += (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise IndexError("an integer over 2^28")
+
+    def index(self, bits):
+        """A place in the static table, 0 for none: there is no dynamic one."""
+        value = self.integer(bits)
+        if value > STATIC_ENTRIES:
+            raise IndexError("entry %d of a table that we do not allow" % value)
+        return value
+
+    def string(self):
+        """A string, by Huffman's code or as it is (section 5.2)."""
+        coded = self.block[self.position] & 0x80
+        size = self.integer(7)
+        data = self.block[self.position:self.position + size]
+        self.position += size
+        if len(data) < size:
+            raise IndexError("a string beyond the end")
+        return unhuffman(data) if coded else data.decode("utf-8", "replace")
+
+
+def unhuffman(data):
+    """The text of a string in Huffman's code; up to seven bits at the end are padding."""
+    table, code, before = {}, 0, 0
+    for length, symbols in HUFFMAN:
+        code <<= length - before
+        before = length
+        for symbol in symbols:
+            table[length, code] = symbol
+            code += 1
+    text, code, length = [], 0, 0
+    for byte in data:
+        for shift in range(7, -1, -1):
+            code, length = code << 1 | byte >> shift & 1, length + 1
+            if (length, code) in table:
+                text.append(table[length, code])
+                code = length = 0
+            elif length > before:
+                raise IndexError("a code that is no ASCII")
+    if length > 7 or code != (1 << length) - 1:
+        raise IndexError("the padding is none")
+    return "".join(text)
+
+
+class GrpcClient:
+    """Calls of containerd, one after the other, for tasks of a loop. `call` asks, `message` gets one
+    answer after the other; RpcError tells what containerd refuses, and what it should not have sent."""
+
+    def __init__(self, loop, path, namespace):
         self.loop = loop
         self.namespace = namespace
+        self.fd = connect_to(path)
+        settings = struct.pack(">HIHIHI", SETTINGS_HEADER_TABLE_SIZE, 0, SETTINGS_ENABLE_PUSH, 0, SETTINGS_INITIAL_WINDOW_SIZE, HTTP2_WINDOW)
+        self.out = HTTP2_PREFACE + http2_frame(SETTINGS, 0, 0, settings)
+        self.allow(0, HTTP2_WINDOW - HTTP2_FIRST_WINDOW)
+        self.buffer = bytearray()       # of the connection: less than a frame
+        self.method = ""
+        self.stream = -1
+        self.data = bytearray()         # of the stream: less than a message
+        self.block = b""                # of headers that go on in the next frame
+        self.headers = {}
+        self.last = self.ended = False  # with this block, or already, the stream ends
+
+    def allow(self, stream, size):
+        """Lets the peer send so much more (RFC 9113, section 6.9)."""
+        if size:
+            self.out += http2_frame(WINDOW_UPDATE, 0, stream, size.to_bytes(4, "big"))
+
+    def error(self, text, *values, code=INTERNAL):
+        """What there is to raise."""
+        return RpcError(code, "containerd's %s: %s" % (self.method or "gRPC", text % values))
+
+    def flush(self):
+        """A task that writes what there is to write."""
+        data, self.out = self.out, b""
+        if not (yield from write_all(self.fd, data, time.monotonic() + GRPC_STALL_S)):
+            raise self.error("no byte was taken for %d s", GRPC_STALL_S, code=DEADLINE_EXCEEDED)
+
+    def call(self, method, name, request):
+        """A task that sends a request, the message `name`, to a method of containerd.services."""
+        self.method, self.stream = method, self.stream + 2
+        self.headers, self.last, self.ended = {}, False, False
+        self.data.clear()
+        block = header_block(((":method", "POST"), (":scheme", "http"), (":path", "/containerd.services." + method), (":authority", "localhost"),
+                              ("content-type", "application/grpc"), ("te", "trailers"), ("containerd-namespace", self.namespace)))
+        body = encode(name, request)
+        if len(block) + len(body) > HTTP2_FRAME_BYTES - 5:
+            raise self.error("a request of %d bytes", len(body))
+        self.out += http2_frame(HEADERS_FRAME, END_HEADERS, self.stream, block)
+        self.out += http2_frame(DATA_FRAME, END_STREAM, self.stream, struct.pack(">BI", 0, len(body)) + body)
+        yield from self.flush()
+
+    def message(self, name):
+        """A task: the next answer, a message `name`; None after the last one of a call that succeeded."""
+        while True:
+            if len(self.data) >= 5:
+                compressed, size = struct.unpack_from(">BI", self.data)
+                if compressed or size > MAX_FRAME_BYTES:
+                    raise self.error("a message that is compressed" if compressed else "a message of %d bytes" % size)
+                if len(self.data) >= 5 + size:
+                    body = bytes(self.data[5:5 + size])
+                    del self.data[:5 + size]
+                    try:
+                        return decode(name, body)
+                    except ProtobufError as error:
+                        raise self.error("%s", error) from None
+            if self.ended:
+                break
+            yield from self.receive()
+        status = self.headers.get("grpc-status")
+        if status is None or self.data:
+            raise self.error("no gRPC: HTTP status %s, %d more bytes", self.headers.get(":status"), len(self.data))
+        if status != "0":
+            raise self.error("%s", unquote(self.headers.get("grpc-message", "")) or "status " + status,
+                             code=int(status) if status.isdigit() else UNKNOWN_ERROR)
+        return None
+
+    def ask(self, method, name, request, answer):
+        """A task: the one answer of a method that has one."""
+        yield from self.call(method, name, request)
+        message = yield from self.message(answer)
+        if message is None or (yield from self.message(answer)):
+            raise self.error("not one answer")
+        return message
+
+    def receive(self):
+        """A task that waits for bytes and acts on the frames that they complete."""
+        if not (yield readable(self.fd, GRPC_STALL_S)):
+            raise self.error("no answer for %d s", GRPC_STALL_S, code=DEADLINE_EXCEEDED)
+        data = os.read(self.fd, COPY_BYTES)
+        if not data:
+            raise self.error("the connection was closed", code=UNAVAILABLE)
+        self.buffer += data
+        while len(self.buffer) >= HTTP2_HEADER_BYTES:
+            size = int.from_bytes(self.buffer[:3], "big")
+            if size > HTTP2_FRAME_BYTES:
+                raise self.error("a frame of %d bytes", size)
+            end = HTTP2_HEADER_BYTES + size
+            if len(self.buffer) < end:
+                break
+            type, flags, stream = struct.unpack_from(">BBI", self.buffer, 3)
+            payload = bytes(self.buffer[HTTP2_HEADER_BYTES:end])
+            del self.buffer[:end]
+            self.on_frame(type, flags, stream & 0x7FFFFFFF, payload)
+        yield from self.flush()
+
+    def on_frame(self, type, flags, stream, payload):
+        """Acts on one frame; those of streams that are over only give back their window."""
+        if type == SETTINGS and not flags & ACK:
+            self.out += http2_frame(SETTINGS, ACK, 0, b"")
+        elif type == PING and not flags & ACK:
+            self.out += http2_frame(PING, ACK, 0, payload)
+        elif type == GOAWAY and int.from_bytes(payload[:4], "big") < self.stream:
+            raise self.error("it is going away", code=UNAVAILABLE)
+        elif type == DATA_FRAME:
+            self.allow(0, len(payload))
+            if stream == self.stream and not self.ended:
+                self.data += self.unpadded(flags, payload)
+                self.ended = bool(flags & END_STREAM)
+                self.allow(stream, 0 if self.ended else len(payload))
+        elif type == RST_STREAM and stream == self.stream:
+            raise self.error("the stream was reset: HTTP/2 error %d", int.from_bytes(payload, "big"), code=UNAVAILABLE)
+        elif type in (HEADERS_FRAME, CONTINUATION) and stream == self.stream:
+            self.on_headers(type, flags, payload)
+
+    def on_headers(self, type, flags, payload):
+        """A part of the headers or trailers; with END_HEADERS they are complete."""
+        if type == HEADERS_FRAME:
+            self.block, self.last = b"", bool(flags & END_STREAM)
+            payload = self.unpadded(flags, payload)[5 if flags & PRIORITY else 0:]
+        self.block += payload
+        if len(self.block) > HTTP2_BLOCK_BYTES:
+            raise self.error("headers of more than %d bytes", HTTP2_BLOCK_BYTES)
+        if flags & END_HEADERS:
+            try:
+                self.headers.update(HeaderReader(self.block).fields())
+            except IndexError as error:
+                raise self.error("malformed headers: %s", error) from None
+            self.ended = self.last
+
+    def unpadded(self, flags, payload):
+        """A frame's payload without its padding (RFC 9113, section 6.1)."""
+        if not flags & PADDED:
+            return payload
+        if not payload or payload[0] >= len(payload):
+            raise self.error("a frame that is all padding")
+        return payload[1:len(payload) - payload[0]]
+
+    def close(self):
+        """Ends the connection."""
+        self.loop.forget(self.fd)
+        os.close(self.fd)
+
+
+def send_module(loop, address, namespace, id, gate):
+    """A task that answers a child which found no program: on the pipe `gate` the size of its image's
+    module as 8 bytes, and the module; size 0 if there is none, or nobody to ask. ContainerError
+    if the image is an artifact that cannot be run."""
+    client = layer = None
+    try:
+        try:
+            client = GrpcClient(loop, address, namespace)
+            layer = yield from find_layer(client, id)
+        except (OSError, RpcError) as error:
+            log("%s: is its image a Wasm artifact? %s" % (id, error.args[-1]))
+        if layer:
+            yield from send_layer(client, layer, gate)
+        else:
+            os.write(gate, struct.pack("=q", 0))
+    except RpcError as error:
+        raise ContainerError("layer %s: %s" % (layer["digest"], error.args[1])) from None
+    except BrokenPipeError:
+        pass                            # the child has died, and its status pipe tells why
+    finally:
+        if client:
+            client.close()
+
+
+def find_layer(client, id):
+    """A task: the descriptor of the one layer of a container's image that is a module; None if the
+    image is of another kind."""
+    answer = yield from client.ask("containers.v1.Containers/Get", "GetContainerRequest", {"id": id}, "GetContainerResponse")
+    name = (answer["container"] or {}).get("image")
+    if not name:
+        return None                     # not known to containerd: Docker's graph drivers
+    answer = yield from client.ask("images.v1.Images/Get", "GetImageRequest", {"name": name}, "GetImageResponse")
+    what = "image " + name
+    digest = member(member(answer, "image", dict, what), "target", dict, what)["digest"]
+    manifest = yield from read_document(client, digest, what)
+    if "manifests" in manifest:
+        digest = member(choose_manifest(member(manifest, "manifests", list, what)), "digest", str, what + ": index")
+        manifest = yield from read_document(client, digest, what)
+    what += ": manifest"
+    config = yield from read_document(client, member(member(manifest, "config", dict, what), "digest", str, what), what)
+    layers = [layer for layer in member(manifest, "layers", list, what)
+              if layer.__class__ is dict and layer.get("mediaType") in ARTIFACT_LAYERS]
+    if config.get("architecture") != "wasm" or not layers:
+        return None
+    if len(layers) > 1:
+        raise ContainerError("%s: %d layers are modules; only one can run" % (what, len(layers)))
+    return {"digest": member(layers[0], "digest", str, what), "size": member(layers[0], "size", int, what)}
+
+
+def choose_manifest(manifests):
+    """The entry of an index that is for WebAssembly, or the only one; {} if that is not to be said."""
+    entries = [entry for entry in manifests if entry.__class__ is dict]
+    chosen = [entry for entry in entries if (entry.get("platform").__class__ is dict) and entry["platform"].get("architecture") == "wasm"]
+    return chosen[0] if chosen else entries[0] if len(entries) == 1 else {}
+
+
+def member(document, name, type, what):
+    """document[name], which must be of that type: an image can hold anything."""
+    value = document.get(name)
+    if value.__class__ is not type:
+        raise ContainerError("%s: no %s that is %s" % (what, name, type.__name__))
+    return value
+
+
+def read_document(client, digest, what):
+    """A task: the object in a JSON document of the content store."""
+    pieces, size = [], 0
+    yield from client.call("content.v1.Content/Read", "ReadContentRequest", {"digest": digest})
+    while True:
+        message = yield from client.message("ReadContentResponse")
+        if message is None:
+            break
+        pieces.append(message["data"])
+        size += len(message["data"])
+        if size > MAX_DOCUMENT_BYTES:
+            raise ContainerError("%s: %s has more than %d bytes" % (what, digest, MAX_DOCUMENT_BYTES))
+    document = parse_json(b"".join(pieces).decode("utf-8", "replace"), "%s: %s" % (what, digest))
+    if document.__class__ is not dict:
+        raise ContainerError("%s: %s is not an object" % (what, digest))
+    return document
+
+
+def send_layer(client, layer, gate):
+    """A task that copies a layer from the content store to a pipe, as fast as that is read."""
+    size, sent = layer["size"], 0
+    if not 0 < size <= MAX_LAYER_BYTES:
+        raise ContainerError("layer %s: %d bytes are no module" % (layer["digest"], size))
+    os.write(gate, struct.pack("=q", size))
+    yield from client.call("content.v1.Content/Read", "ReadContentRequest", {"digest": layer["digest"]})
+    while True:
+        message = yield from client.message("ReadContentResponse")
+        data = message["data"] if message else b""
+        sent += len(data)
+        if sent > size or message is None and sent < size:
+            raise ContainerError("layer %s: not the %d bytes that the manifest says" % (layer["digest"], size))
+        if message is None:
+            return
+        if not (yield from write_all(gate, data, time.monotonic() + GRPC_STALL_S)):
+            raise ContainerError("layer %s: the container's process takes nothing" % layer["digest"])
+
+
+class TaskService:
+    """The service of a namespace. `publish(topic, message name, message)` queues an event; `address`
+    is containerd's gRPC socket."""
+
+    def __init__(self, loop, publish, namespace, address=""):
+        self.loop = loop
+        self.namespace = namespace
+        self.address = address
         self.publish = publish
         self.containers = {}
         self.children = {}              # pid -> function(wait status)
@@ -13218,7 +13640,7 @@ class TaskService:
             yield from self.run_hooks(container, "prestart", "creating")
             yield from self.run_hooks(container, "createRuntime", "creating")
             self.answer(init)
-        yield from self.await_ready(init, spec)
+        yield from self.await_ready(container, init, spec)
 
     def open_streams(self, container, process, spec):
         """Opens a process's streams, those to a logger when it is there; a terminal has its size from the start."""
@@ -13300,9 +13722,14 @@ class TaskService:
             setup.keep.append(made[-1])
             setup.mappings[maps] = fd_path(made[-1])
 
-    def await_ready(self, process, spec):
+    def await_ready(self, container, process, spec):
         """Waits until nothing is left to do but the payload, and does what is not for the child to do."""
-        process.kind = yield from self.hear(process)
+        letter = yield from self.hear(process)
+        if letter == b"L":
+            os.set_blocking(process.gate, False)
+            yield from send_module(self.loop, self.address, self.namespace, container.id, process.gate)
+            letter = yield from self.hear(process)
+        process.kind = letter
         self.runs_wasm = self.runs_wasm or process.kind == b"W"
         process.io.receive_master(self.loop)
         if spec.get("oomScoreAdj") is not None and not is_dead(process):
@@ -13652,7 +14079,7 @@ class TaskService:
         finally:
             for fd in fds.values():
                 os.close(fd)
-        yield from self.await_ready(process, process.spec)
+        yield from self.await_ready(container, process, process.spec)
 
     def Checkpoint(self, request):
         raise RpcError(UNIMPLEMENTED, "checkpoint is not supported: a Wasm engine's state is not for CRIU")
@@ -14271,7 +14698,7 @@ class Shim:
         self.loop = Loop(forgiving=True)
         self.events = []                # encoded ForwardRequests, the oldest first
         self.news = Event()
-        self.tasks = TaskService(self.loop, self.publish, flags["namespace"])
+        self.tasks = TaskService(self.loop, self.publish, flags["namespace"], flags["address"])
         self.methods = {(service, method): method for service in TASK_SERVICES for method in TASK_METHODS}
 
     def serve(self):

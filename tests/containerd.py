@@ -1,14 +1,12 @@
 """A private containerd: its own root, state, socket and images, in a scratch folder."""
 
-import io
-import json
 import os
 import shutil
 import signal
 import subprocess
-import tarfile
 import time
 
+from archives import artifact_of, image_of             # noqa: F401
 from conftest import ROOT
 
 SHIM = os.path.join(ROOT, "dist", "containerd-shim-chibiwasm-v1")
@@ -143,37 +141,3 @@ class Containerd:
 
 
 PREFIX = "chibitest-%d-" % os.getpid()  # cgroups are the machine's, whatever the daemon: others may be testing too
-
-
-def image_of(programs, entrypoint, reference, path):
-    """Writes an OCI image archive of files {name: bytes} for a native program."""
-    import hashlib
-
-    layer = io.BytesIO()
-    with tarfile.open(fileobj=layer, mode="w") as tar:
-        for name, data in programs.items():
-            item = tarfile.TarInfo(name)
-            item.mode, item.size = 0o755, len(data)
-            tar.addfile(item, io.BytesIO(data))
-    blobs = {}
-
-    def blob(data, type):
-        digest = hashlib.sha256(data).hexdigest()
-        blobs["blobs/sha256/" + digest] = data
-        return {"mediaType": type, "digest": "sha256:" + digest, "size": len(data)}
-
-    oci = "application/vnd.oci.image."
-    layers = [blob(layer.getvalue(), oci + "layer.v1.tar")]
-    machine = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm"}.get(os.uname().machine, os.uname().machine)
-    config = blob(json.dumps({"architecture": machine, "os": "linux", "config": {"Entrypoint": entrypoint},
-                              "rootfs": {"type": "layers", "diff_ids": [layers[0]["digest"]]}}).encode(), oci + "config.v1+json")
-    manifest = blob(json.dumps({"schemaVersion": 2, "mediaType": oci + "manifest.v1+json", "config": config,
-                                "layers": layers}).encode(), oci + "manifest.v1+json")
-    manifest["annotations"] = {"io.containerd.image.name": reference}
-    blobs["index.json"] = json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode()
-    blobs["oci-layout"] = b'{"imageLayoutVersion": "1.0.0"}'
-    with tarfile.open(path, "w") as tar:
-        for name, data in blobs.items():
-            item = tarfile.TarInfo(name)
-            item.size = len(data)
-            tar.addfile(item, io.BytesIO(data))

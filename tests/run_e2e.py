@@ -40,6 +40,8 @@ import threading
 import time
 import traceback
 
+import archives
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LAB = os.path.join(ROOT, os.environ.get("SHARED", "../shared"), "lab")
 MODULES = os.path.join(ROOT, "tests", "modules")
@@ -359,6 +361,18 @@ class Box:
         """The path of a static native busybox."""
         return os.path.join(self.lab.folder, "tree", "bookworm", "bin", "busybox")
 
+    def import_artifact(self, namespace, *options):
+        """The name of an image whose layer is hello.wasm itself."""
+        archive, image = os.path.join(self.scratch(), "raw.tar"), "lab.local/artifact:1"
+        with open(self.module("hello"), "rb") as file:
+            archives.artifact_of([file.read()], image, archive)
+        local = ["--local"] if self.version[0] != "1" else []
+        words = ("ctr", self.version, "-n", namespace, "image")
+        done = self.lab.script("lab.sh", *words, "import", *local, *options, archive)
+        same(done.returncode, 0, "ctr image import: %s" % last_line(done.stderr))
+        self.opened.append(lambda: self.lab.script("lab.sh", *words, "rm", image))
+        return image
+
     def foreign(self):
         """(path on the host, path inside, words that print "hello") of a program of the other kind."""
         if self.lab.options["runtime"] == "runc":
@@ -568,6 +582,15 @@ def _(box):
     host, inside, words, wanted = box.foreign()
     done = box.run("", "--mount", "type=bind,src=%s,dst=%s,options=rbind:ro" % (host, inside), program=words)
     same((done.stdout, done.returncode), (wanted, 0), "outcome (%s)" % last_line(done.stderr))
+
+
+@case("ctr", "run: an image whose layer is a module", WASM)
+def _(box):
+    if box.version == "1.6":
+        raise Skip("this ctr unpacks no such image")
+    image = box.import_artifact("default", "--platform", "wasip1/wasm")
+    done = box.run("", "--platform", "wasip1/wasm", image=image, program=["/hello.wasm"])
+    same((done.stdout, done.returncode), (b"Hello, World!\n", 0), "outcome (%s)" % last_line(done.stderr))
 
 
 @case("ctr", "stdin: lines, and its end")
@@ -1817,6 +1840,18 @@ def _(box):
         box.exited(id, 3)
         box.log(pod, "out\n")
         box.cri.RemoveContainer(container_id=id)
+
+
+@case("cri", "an image whose layer is a module", WASM)
+def _(box):
+    if box.version == "1.6":
+        raise Skip("this containerd unpacks no such image")
+    image = box.import_artifact("k8s.io", "--all-platforms", "--no-unpack")
+    with box.pod() as pod:
+        id = pod.create("c", image, ["/hello.wasm"])
+        box.cri.StartContainer(container_id=id)
+        box.exited(id, 0)
+        box.log(pod, "Hello, World!\n")
 
 
 @case("cri", "exec sync: output, streams, exit status, time")
