@@ -11517,15 +11517,16 @@ def cgroup_of(cgroups_path, id, mounts, systemd=False):
 # Where systemd manages version 2, a group that it does not know loses its controllers, and with
 # them its limits, when anybody changes a slice above. So it is asked over D-Bus for a scope with
 # Delegate=yes, below which everything is ours. The container's group lies there, for the scope's
-# own limits are set anew by every `systemctl daemon-reload`. A scope needs a process from the
-# start: a keeper, until the container's is there. What has no process any more systemd removes.
+# own limits are set anew by every `systemctl daemon-reload`. A scope needs a process from the start,
+# and without one systemd removes it, and what the kernel has counted, before anybody can read
+# that memory ran out. So a keeper sleeps beside the container's group as long as there is one.
 # (systemd.io/CGROUP_DELEGATION, org.freedesktop.systemd1(5), D-Bus specification)
 
 SYSTEMD_RUNS = "/run/systemd/system"    # a directory: sd_booted(3)
 SYSTEM_BUS = "/run/dbus/system_bus_socket"
 BUS_TIMEOUT_S = 10
 BUS_ROUNDS = 400                        # of 5 ms
-MAX_BUS_MESSAGE = 1 << 27
+MAX_BUS_MESSAGE = 1 << 20
 BUS_CALL, BUS_RETURN, BUS_ERROR = 1, 2, 3
 BUS_NUMBERS = {"y": "B", "b": "I", "u": "I", "t": "Q"}
 
@@ -11535,7 +11536,7 @@ class BusError(OSError):
 
 
 def start_scope(cgroup):
-    """A task that has systemd make the Cgroup's scope, and returns the keeper's pid."""
+    """A task that has systemd make the Cgroup's scope, and returns the pid of its keeper."""
     slice, unit = cgroup.scope
     keeper = os.fork()
     if not keeper:
@@ -11543,7 +11544,7 @@ def start_scope(cgroup):
     properties = [("Description", ("s", "container of chibishim")), ("Slice", ("s", slice)), ("PIDs", ("au", [keeper])),
                   ("Delegate", ("b", 1)), ("DefaultDependencies", ("b", 0)), ("TasksMax", ("t", MAX_U64)),
                   ("CollectMode", ("s", "inactive-or-failed"))]
-    group = cgroup.directories[""]
+    directory = os.path.dirname(cgroup.unified)
     try:
         for _ in range(BUS_ROUNDS):
             try:
@@ -11555,13 +11556,13 @@ def start_scope(cgroup):
                     raise
             yield None, 0.005           # the container's last scope is about to go
         for _ in range(BUS_ROUNDS):
-            if str(keeper) in read_text(os.path.dirname(group) + "/cgroup.procs", "").split():
+            if str(keeper) in read_text(directory + "/cgroup.procs", "").split():
                 break
             yield None, 0.005
         else:
-            raise BusError(errno.ETIMEDOUT, "systemd did not make %s" % os.path.dirname(group))
-        os.mkdir(group, 0o755)
-        write_text(group + "/cgroup.procs", str(keeper))
+            raise BusError(errno.ETIMEDOUT, "systemd did not make %s" % directory)
+        os.mkdir(directory + "/keeper", 0o755)      # a group has processes or controllers for groups below
+        write_text(directory + "/keeper/cgroup.procs", str(keeper))
     except BaseException:
         os.kill(keeper, SIGKILL)
         raise
@@ -11569,11 +11570,16 @@ def start_scope(cgroup):
 
 
 def keep_scope():
-    """The keeper's life; a minute is more than anybody waits."""
+    """The keeper's life. It ends with the shim, or when systemd asks."""
+    import _signal
     try:
         libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+        _signal.set_wakeup_fd(-1)
+        _signal.signal(SIGTERM, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
         os.closerange(0, 1 << 20)
-        time.sleep(60)
+        while True:
+            time.sleep(1 << 20)
     finally:
         os._exit(0)
 
@@ -13152,7 +13158,7 @@ class Container:
         self.oom = -1                   # a descriptor of Cgroup.watch_oom
         self.oom_kills = 0              # so many are reported
         self.hook = 0                   # pid of the hook that runs
-        self.keeper = 0                 # pid of the process that keeps systemd's scope until init is in it
+        self.keeper = 0                 # pid of the process that keeps systemd's scope
         self.made = Event()             # Create has ended
 
     def process(self, exec_id):
@@ -13632,8 +13638,6 @@ class TaskService:
         spec = config["process"]
         yield from self.open_streams(container, init, spec)
         self.fork(container, init, spec, steps, namespaces(config))
-        if container.keeper:
-            os.kill(container.keeper, SIGKILL)
         record(bundle, ["init %d %s" % (init.pid, process_start_time(init.pid))])
         if config.get("hooks"):
             yield from self.hear(init)  # b"R"
@@ -13918,6 +13922,8 @@ class TaskService:
                 if container.cgroup.remove():
                     break
                 yield None, 0.01
+        if container.keeper:
+            os.kill(container.keeper, SIGKILL)
         for process in [container.init] + list(container.execs.values()):
             if process.io.logger:
                 yield from end_logger(process.io)

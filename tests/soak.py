@@ -18,8 +18,9 @@ import tempfile
 import threading
 import time
 
-import chibishim
 from containerd import MODULES, PREFIX, RUNTIME, SHIM, Containerd, missing
+
+import chibishim
 
 GUEST = "local.test/guest:latest"
 POD = PREFIX + "pod"

@@ -866,6 +866,8 @@ def test_a_container_of_systemds_keeps_its_limits_whatever_happens_to_the_slice(
     assert scoped_limits(scoped)[0] == str(96 << 20)
     scoped.call("Kill", signal=9)
     assert scoped.call("Wait")["exit_status"] == 137
+    time.sleep(0.5)
+    assert "oom_kill 0" in chibishim.read_text(scoped.group + "/container/memory.events")      # can be read yet
     scoped.call("Delete")
 
 
