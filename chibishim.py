@@ -15,7 +15,7 @@ module is checked and an instance is run by chapters 11 and 12.
   10  Store and instances     memories, tables, globals, linking (4.2, 4.5)
   11  Validation, translation one pass from bytes to basic blocks (3.3, A.3)
   12  Interpreter             the loop that executes blocks (4.4)
-  13  Processors              the C library; assemblers for x86-64 and aarch64
+  13  Processors              the C library, files' names; assemblers for x86-64 and aarch64
   14  Native tier             hot functions as machine code; to be skipped at first
   15  Reading and debugging   disassembly, offsets in backtraces, tracing, fuel
   16  WASI                    preview 1: what a guest can do to the world
@@ -34,7 +34,7 @@ import _weakref as weakref
 import errno
 import fcntl
 import mmap
-import os
+import posix as os                      # os without its Python half, which takes a fifth of the start of a process
 import select
 import sys
 import time
@@ -4463,8 +4463,8 @@ def translated(function):
 
 # === 13. Processors ===========================================================
 #
-# The C library by name, and what the native tier wants of a processor: two classes with the same methods, each
-# of which appends one operation to `code`. Registers are the processor's numbers, of
+# The C library by name, names of files, and what the native tier wants of a processor: two
+# classes with the same methods, each of which appends one operation to `code`. Registers are the processor's numbers, of
 # integers and of floats; `wide` is 1 for 64 bits and 0 for 32. A 32-bit operation
 # leaves zeros in the upper half of its register, on both processors, so an i32 is held
 # zero-extended and serves as an address as it is.
@@ -4475,6 +4475,112 @@ def translated(function):
 # Of an encoding's parts only the name of the manual's field is said here. (Intel 64
 # and IA-32 Software Developer's Manual, volume 2; Arm Architecture Reference Manual
 # for A-profile, chapter C6)
+
+FILE_ENCODING = sys.getfilesystemencoding()
+SEEK_SET, SEEK_CUR, SEEK_END = range(3)
+S_IFMT, S_IFIFO, S_IFCHR, S_IFDIR, S_IFBLK, S_IFREG, S_IFLNK, S_IFSOCK = (
+    0o170000, 0o010000, 0o020000, 0o040000, 0o060000, 0o100000, 0o120000, 0o140000)     # inode(7)
+
+
+def environment(name, default=None):
+    """A variable of the environment that this process was started with."""
+    value = os.environ.get(name.encode())           # bytes here, as the kernel gave them
+    return default if value is None else value.decode(FILE_ENCODING, "surrogateescape")
+
+
+def file_bytes(text):
+    """A name as the bytes that the kernel has for it."""
+    return text.encode(FILE_ENCODING, "surrogateescape") if text.__class__ is str else text
+
+
+def join_path(path, *names):
+    """Names below a path; one that begins with a slash stands for itself."""
+    for name in names:
+        path = name if name.startswith("/") else path + name if path.endswith("/") or not path else path + "/" + name
+    return path
+
+
+def directory_of(path):
+    """All of a path before the last name."""
+    head = path[:path.rfind("/") + 1]
+    return head.rstrip("/") or head
+
+
+def name_of(path):
+    """The last name in a path."""
+    return path[path.rfind("/") + 1:]
+
+
+def normal_path(path):
+    """The path without empty names, "." and, as text, "..": filepath.Clean of Go."""
+    root, names = "/" if path.startswith("/") else "", []
+    for name in path.split("/"):
+        if name == ".." and names and names[-1] != "..":
+            names.pop()
+        elif name not in ("", ".") and (name != ".." or not root):
+            names.append(name)
+    return root + "/".join(names) or "."
+
+
+def absolute_path(path):
+    return normal_path(join_path(os.getcwd(), path))
+
+
+def real_path(path):
+    """The path without symbolic links, of what is there; of what is not, as it is."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return absolute_path(path)
+    try:
+        return os.readlink("/proc/self/fd/%d" % fd)
+    finally:
+        os.close(fd)
+
+
+def file_type(path):
+    """S_IFREG and so on of what is there, 0 if nothing is."""
+    try:
+        return os.stat(path).st_mode & S_IFMT
+    except (OSError, ValueError):
+        return 0
+
+
+def exists(path):
+    return file_type(path) != 0
+
+
+def is_directory(path):
+    return file_type(path) == S_IFDIR
+
+
+def is_file(path):
+    return file_type(path) == S_IFREG
+
+
+def make_directories(path, mode):
+    """The directory and, if need be, those above it; one that is there is no error."""
+    parent = directory_of(path)
+    if parent and parent != path and not exists(parent):
+        make_directories(parent, 0o777)
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        if not is_directory(path):
+            raise
+
+
+def directories_in(top):
+    """Yields a directory and all below it, each after the one it is in; what is not there has none."""
+    try:
+        with os.scandir(top) as entries:
+            names = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    yield top
+    for name in names:
+        yield from directories_in(name)
+
 
 class Libc:
     """Functions of the C library by name: `libc.mount(…)`. Integers and None are passed
@@ -7994,7 +8100,7 @@ def native_status():
     return "yes, %s" % os.uname().machine
 
 
-Module.tier = choose_tier(os.environ.get("CHIBISHIM_TIER", "auto"))
+Module.tier = choose_tier(environment("CHIBISHIM_TIER", "auto"))
 
 
 # === 15. Reading and debugging ================================================
@@ -8652,7 +8758,7 @@ def applicable_rights(fd):
     if kind in (DIRECTORY, STREAM_SOCKET):
         return DIRECTORY_RIGHTS if kind == DIRECTORY else CONNECTION_RIGHTS
     try:
-        os.lseek(fd, 0, os.SEEK_CUR)
+        os.lseek(fd, 0, SEEK_CUR)
     except OSError:
         return STREAM_RIGHTS
     return FILE_RIGHTS
@@ -8680,13 +8786,13 @@ class Wasi:
     guest path, whether read-only), `listeners` of descriptors of listening sockets; they
     become 3 and up, in this order. Raises OSError that names the host path."""
 
-    WHENCE = (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END)
+    WHENCE = (SEEK_SET, SEEK_CUR, SEEK_END)
     FILESTAT = "QQB7xQQQQQ"
     SUBSCRIPTION_BYTES, SUBSCRIPTION_CLOCK = 48, 16
 
     def __init__(self, arguments=(), environment=(), preopens=(), listeners=()):
-        self.arguments = [os.fsencode(a) for a in arguments]
-        self.environment = [os.fsencode(e) for e in environment]
+        self.arguments = [file_bytes(a) for a in arguments]
+        self.environment = [file_bytes(e) for e in environment]
         self.memory = Memory(0, 0)
         self.descriptors = {}
         for fd in 0, 1, 2:
@@ -8697,7 +8803,7 @@ class Wasi:
         for host, guest, *read_only in preopens:
             mask = READ_ONLY_RIGHTS if any(read_only) else ALL_RIGHTS
             self.insert(Descriptor(open_preopen(host), DIRECTORY_RIGHTS & mask, (DIRECTORY_RIGHTS | FILE_RIGHTS) & mask,
-                                   os.fsencode(guest)))
+                                   file_bytes(guest)))
         for fd in listeners:
             self.insert(Descriptor(fd, LISTENER_RIGHTS, CONNECTION_RIGHTS))
         self.socket_type = None
@@ -8874,7 +8980,7 @@ class Wasi:
         if whence >= len(self.WHENCE):
             raise WasiError("EINVAL")
         whence = self.WHENCE[whence]
-        if whence == os.SEEK_CUR and not offset:
+        if whence == SEEK_CUR and not offset:
             return self.fd_tell(number, result)
         if self.descriptor(number).filetype == DIRECTORY:
             raise WasiError("EBADF")
@@ -8887,7 +8993,7 @@ class Wasi:
             raise WasiError("EBADF")
         if not descriptor.base & rights("fd_tell fd_seek"):     # the latter implies the former
             raise WasiError("ENOTCAPABLE")
-        self.store("Q", result, os.lseek(descriptor.fd, 0, os.SEEK_CUR))
+        self.store("Q", result, os.lseek(descriptor.fd, 0, SEEK_CUR))
 
     def fd_close(self, number):
         close_descriptor(self.descriptor(number))
@@ -9162,7 +9268,7 @@ class WasiUnstable(Wasi):
     """wasi_unstable, the snapshot before preview 1: the same functions with another order
     of whence, a shorter filestat and a longer subscription."""
 
-    WHENCE = (os.SEEK_CUR, os.SEEK_END, os.SEEK_SET)
+    WHENCE = (SEEK_CUR, SEEK_END, SEEK_SET)
     FILESTAT = "QQB3xIQQQQ"
     SUBSCRIPTION_BYTES, SUBSCRIPTION_CLOCK = 56, 24
 
@@ -9247,7 +9353,7 @@ def directory_entries(fd):
     entries = [(b".", inode, DIRECTORY), (b"..", inode, DIRECTORY)]     # above is none of the guest's business
     with os.scandir(fd) as scan:
         for entry in scan:
-            entries.append((os.fsencode(entry.name), entry.inode(), entry_type(entry)))
+            entries.append((file_bytes(entry.name), entry.inode(), entry_type(entry)))
     return entries
 
 
@@ -9288,7 +9394,7 @@ def bytes_available(fd):
     """How many bytes a read would yield: FIONREAD, or what is left of a file."""
     status = os.fstat(fd)
     if filetype(status) == REGULAR_FILE:
-        return max(0, status.st_size - os.lseek(fd, 0, os.SEEK_CUR))
+        return max(0, status.st_size - os.lseek(fd, 0, SEEK_CUR))
     try:
         return unpack_u32(fcntl.ioctl(fd, FIONREAD, bytes(4)))[0]
     except OSError:
@@ -9464,15 +9570,15 @@ CAPABILITIES = """CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID S
 def mount(source, target, type=None, flags=0, data=None):
     """mount(2); the error names the target."""
     try:
-        libc.mount(os.fsencode(source or "none"), os.fsencode(target), os.fsencode(type) if type else None, flags,
-                   os.fsencode(data) if data else None)
+        libc.mount(file_bytes(source or "none"), file_bytes(target), file_bytes(type) if type else None, flags,
+                   file_bytes(data) if data else None)
     except OSError as error:
         raise OSError(error.errno, "mount %s at %s: %s" % (source or type, target, os.strerror(error.errno))) from None
 
 
 def umount(target, flags=MNT_DETACH):
     """umount2(2)"""
-    libc.umount2(os.fsencode(target), flags)
+    libc.umount2(file_bytes(target), flags)
 
 
 def unmount_all(prefix):
@@ -9542,7 +9648,7 @@ def write_text(path, text):
     """Writes a small file in one write(2), as the kernel's files want it; the error names the file."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, os.fsencode(text))
+        os.write(fd, file_bytes(text))
     except OSError as error:
         raise OSError(error.errno, "write %r to %s: %s" % (text[:80], path, error.strerror)) from None
     finally:
@@ -9553,7 +9659,7 @@ def open_in_root(root, path, flags=O_PATH, mode=0):
     """Opens `path` as a process sees it whose root directory is the descriptor `root`:
     symlinks and `..` cannot lead out, magic links are refused. openat2(2), or before
     Linux 5.6 component by component."""
-    name = os.fsencode(path.lstrip("/") or ".")
+    name = file_bytes(path.lstrip("/") or ".")
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
     for _ in range(64):                 # EAGAIN: something was renamed on the way
         try:
@@ -10293,7 +10399,7 @@ def plan_mounts(config, bundle, spaces, user_namespace):
         source = item.get("source") or ""
         if flags & MS_BIND or type == "bind":
             flags |= MS_BIND
-            source = os.path.join(bundle, source)
+            source = join_path(bundle, source)
         mapping = plan_mapping(item, flags, where, spaces, user_namespace)
         copy = "tmpcopyup" in words
         if copy and (type != "tmpfs" or flags & MS_BIND):
@@ -10988,15 +11094,12 @@ class Cgroup:
 
     def file(self, controller, name):
         """The path of a controller's file, by version 1 where it is mounted, else in the unified hierarchy."""
-        return os.path.join(self.directories.get(controller) or self.directories.get("", ""), name)
+        return join_path(self.directories.get(controller) or self.directories.get("", ""), name)
 
     def create(self):
         """Makes the directories; a version 1 cpuset starts with its parent's, or nothing could enter."""
         for path in self.paths():
-            try:
-                os.makedirs(path, 0o755)
-            except FileExistsError:
-                pass
+            make_directories(path, 0o755)
         if "cpuset" in self.directories:
             inherit_cpuset(self.directories["cpuset"])
         if "" in self.directories and not set(self.directories) - {""}:
@@ -11011,21 +11114,21 @@ class Cgroup:
         """Moves a process in, the calling one by default, to all directories or one of them. The
         kernel lets the first writer wait for 5 to 20 ms."""
         for path in [path] if path else self.paths():
-            write_text(os.path.join(path, "cgroup.procs"), str(pid))
+            write_text(join_path(path, "cgroup.procs"), str(pid))
 
     def enter_alone(self):
         """Moves the calling process in, which has one thread, save for the unified hierarchy. A
         thread that moves itself need not wait (since Linux 5.5)."""
         for path in self.paths():
             if path != self.unified:
-                write_text(os.path.join(path, "tasks"), "0")
+                write_text(join_path(path, "tasks"), "0")
 
     def pids(self):
         """The processes inside, children's groups included, as this pid namespace numbers them."""
         found = set()
         for path in self.paths()[:1]:
-            for directory, _, _ in os.walk(path):
-                found.update(int(line) for line in read_text(os.path.join(directory, "cgroup.procs"), "").split())
+            for directory in directories_in(path):
+                found.update(int(line) for line in read_text(join_path(directory, "cgroup.procs"), "").split())
         return sorted(found - {0})
 
     def kill(self):
@@ -11048,7 +11151,7 @@ class Cgroup:
     def remove(self):
         """Removes the directories, deepest first; gone ones are no error. True if all are gone."""
         for path in self.paths():
-            for directory, _, _ in os.walk(path, topdown=False):
+            for directory in reversed(list(directories_in(path))):
                 try:
                     os.rmdir(directory)
                 except FileNotFoundError:
@@ -11086,10 +11189,10 @@ class Cgroup:
                 os.close(control)
             return fd
         path = self.file("", "memory.events")
-        if not os.path.exists(path):
+        if not exists(path):
             return -1
         fd = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        libc.inotify_add_watch(fd, os.fsencode(path), IN_MODIFY)
+        libc.inotify_add_watch(fd, file_bytes(path), IN_MODIFY)
         return fd
 
     def value(self, controller, name):
@@ -11115,7 +11218,7 @@ class LimitedCgroup(Cgroup):
         for _ in range(2):
             for name in filter(None, names):
                 path = self.file(controller, name)
-                if os.path.exists(path):
+                if exists(path):
                     return path
             if controller in self.directories:
                 break
@@ -11150,7 +11253,7 @@ class LimitedCgroup(Cgroup):
         for name, value in sorted((resources.get("unified") or {}).items()):
             if "/" in name or "" not in self.directories:
                 raise ConfigError("config.json: linux.resources.unified: %s needs cgroup version 2" % name)
-            write_text(os.path.join(self.directories[""], name), value)
+            write_text(join_path(self.directories[""], name), value)
 
     def need(self, field, controller, *names):
         """find; ConfigError if none is there."""
@@ -11261,7 +11364,7 @@ class LimitedCgroup(Cgroup):
 
     def write_device(self, text, allow):
         """One line of the version 1 list."""
-        write_text(os.path.join(self.directories["devices"], "devices.allow" if allow else "devices.deny"), text)
+        write_text(join_path(self.directories["devices"], "devices.allow" if allow else "devices.deny"), text)
 
 
 def limit_cgroup(cgroup, resources, devices=None):
@@ -11350,7 +11453,7 @@ class MeasuredCgroup(Cgroup):
     def page_sizes(self, suffix):
         """The sizes of huge pages for which there is a file hugetlb.SIZE with that suffix."""
         directory = self.file("hugetlb", "")
-        names = sorted(os.listdir(directory)) if os.path.isdir(directory) else ()
+        names = sorted(os.listdir(directory)) if is_directory(directory) else ()
         words = [name[:-len(suffix)].split(".") for name in names if name.endswith(suffix)]
         return [size for kind, *size in words if kind == "hugetlb" for size in size[:len(size) == 1]]
 
@@ -11454,24 +11557,24 @@ def io_weight(weight):
 
 def inherit_cpuset(path):
     """Fills empty cpuset.cpus and cpuset.mems from the parent, from the top down."""
-    parent = os.path.dirname(path)
+    parent = directory_of(path)
     for name in ("cpuset.cpus", "cpuset.mems"):
-        if not read_text(os.path.join(path, name), ""):
-            if not read_text(os.path.join(parent, name), "") and os.path.exists(os.path.join(parent, name)):
+        if not read_text(join_path(path, name), ""):
+            if not read_text(join_path(parent, name), "") and exists(join_path(parent, name)):
                 inherit_cpuset(parent)
-            write_text(os.path.join(path, name), read_text(os.path.join(parent, name)))
+            write_text(join_path(path, name), read_text(join_path(parent, name)))
 
 
 def delegate_controllers(path):
     """Enables every controller on the way from the unified root to the group."""
     parts = []
-    while os.path.exists(os.path.join(os.path.dirname(path), "cgroup.controllers")):
-        path = os.path.dirname(path)
+    while exists(join_path(directory_of(path), "cgroup.controllers")):
+        path = directory_of(path)
         parts.append(path)
     for parent in reversed(parts):
-        for name in read_text(os.path.join(parent, "cgroup.controllers"), "").split():
+        for name in read_text(join_path(parent, "cgroup.controllers"), "").split():
             try:
-                write_text(os.path.join(parent, "cgroup.subtree_control"), "+" + name)
+                write_text(join_path(parent, "cgroup.subtree_control"), "+" + name)
             except OSError:
                 pass                    # in use by processes here, say; limit() reports what is missing
 
@@ -11509,7 +11612,7 @@ def cgroup_of(cgroups_path, id, mounts, systemd=False):
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts or not parts:
         raise ConfigError("cgroup %r: no group below the root" % cgroups_path)
-    return Cgroup({name: os.path.join(point, *parts) for name, (point, _) in mounts.items()}, scope)
+    return Cgroup({name: join_path(point, *parts) for name, (point, _) in mounts.items()}, scope)
 
 
 # -- systemd --
@@ -11544,7 +11647,7 @@ def start_scope(cgroup):
     properties = [("Description", ("s", "container of chibishim")), ("Slice", ("s", slice)), ("PIDs", ("au", [keeper])),
                   ("Delegate", ("b", 1)), ("DefaultDependencies", ("b", 0)), ("TasksMax", ("t", MAX_U64)),
                   ("CollectMode", ("s", "inactive-or-failed"))]
-    directory = os.path.dirname(cgroup.unified)
+    directory = directory_of(cgroup.unified)
     try:
         for _ in range(BUS_ROUNDS):
             try:
@@ -11884,8 +11987,8 @@ def do_prepare_root(setup, rootfs, propagation):
         if (rootfs + "/").startswith(entry.mountpoint.rstrip("/") + "/") and any(o.startswith("shared") for o in entry.propagation):
             mount(None, entry.mountpoint, None, MS_PRIVATE)
     mount(rootfs, rootfs, "bind", MS_BIND | MS_REC)
-    setup.rootfs = os.path.realpath(rootfs)
     setup.root = os.open(rootfs, O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    setup.rootfs = os.readlink(fd_path(setup.root))
     setup.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
 
 
@@ -11908,8 +12011,8 @@ def ensure(setup, path, directory=True, depth=0):
     except OSError as error:
         if error.errno != errno.ENOENT or depth > MAX_SYMLINKS:
             raise
-    parent = ensure(setup, os.path.dirname(path.rstrip("/")), True, depth + 1)
-    name = os.path.basename(path.rstrip("/"))
+    parent = ensure(setup, directory_of(path.rstrip("/")), True, depth + 1)
+    name = name_of(path.rstrip("/"))
     try:
         if directory:
             os.mkdir(name, 0o755, dir_fd=parent)
@@ -11918,7 +12021,7 @@ def ensure(setup, path, directory=True, depth=0):
         return os.open(name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     except FileExistsError:             # a symlink to what is not there
         target = os.readlink(name, dir_fd=parent)
-        return ensure(setup, os.path.join(os.path.dirname(path.rstrip("/")), target), directory, depth + 1)
+        return ensure(setup, join_path(directory_of(path.rstrip("/")), target), directory, depth + 1)
     except OSError as error:
         raise OSError(error.errno, "create %s in the container: %s" % (path, error.strerror)) from None
     finally:
@@ -11929,7 +12032,7 @@ def check_target(setup, fd, target, type, flags):
     """CVE-2019-16884 and its kin: nothing may be mounted over parts of /proc, and /proc, /sys
     must be where they claim to be, not behind a symlink of the image."""
     inner = inner_path(setup, fd)
-    if type in ("proc", "sysfs") and inner != os.path.normpath(target):
+    if type in ("proc", "sysfs") and inner != normal_path(target):
         raise OSError(errno.EINVAL, "mount %s at %s: a symlink leads to %s" % (type, target, inner))
     if inner.startswith("/proc/") and inner not in PROC_TARGETS or inner == "/proc" and type != "proc" and not flags & MS_BIND:
         raise OSError(errno.EPERM, "mount at %s: inside /proc" % target)
@@ -11960,7 +12063,7 @@ def do_mount(setup, source, target, type, flags, propagation, data, mapping, cop
     if bind and extra or propagation or label:
         fd = open_in_root(setup.root, target)       # what lies on top now
         if label:
-            os.setxattr(fd_path(fd), "security.selinux", os.fsencode(label))
+            os.setxattr(fd_path(fd), "security.selinux", file_bytes(label))
         if bind and extra:
             remount(fd, MS_BIND | extra)
         for flag in propagation:
@@ -11993,7 +12096,7 @@ def copy_tree(source, target):
         try:
             for name in os.listdir(here):
                 if copy_entry(here, there, name):
-                    todo.append(os.path.join(path, name))
+                    todo.append(join_path(path, name))
             if path != ".":             # last: each new entry changes its time
                 copy_attributes(here, there, ".")
         finally:
@@ -12031,7 +12134,7 @@ def copy_attributes(here, there, name):
     os.chown(name, status.st_uid, status.st_gid, dir_fd=there, follow_symlinks=False)
     if status.st_mode & 0o170000 != 0o120000:
         os.chmod(name, status.st_mode & 0o7777, dir_fd=there)
-    old, new = (os.path.join(fd_path(fd), name) for fd in (here, there))
+    old, new = (join_path(fd_path(fd), name) for fd in (here, there))
     for attribute in os.listxattr(old, follow_symlinks=False):
         try:
             os.setxattr(new, attribute, os.getxattr(old, attribute, follow_symlinks=False), follow_symlinks=False)
@@ -12067,7 +12170,7 @@ def map_ids(tree, source, user_namespace, attributes, recursive):
 def open_tree(source, recursive):
     """A bind mount that is nowhere yet, as a descriptor; before Linux 5.2 its source."""
     try:
-        return libc.syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(source), OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if recursive else 0))
+        return libc.syscall(SYS_OPEN_TREE, AT_FDCWD, file_bytes(source), OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if recursive else 0))
     except OSError as error:
         if error.errno == errno.ENOSYS:
             return os.open(source, O_PATH | os.O_CLOEXEC)
@@ -12178,9 +12281,9 @@ def do_mount_cgroup(setup, target, flags):
         data = labelled(setup, "tmpfs", "mode=755")
         mount_filesystem("tmpfs", fd, target, "tmpfs", flags & ~(MS_RDONLY | MS_BIND | MS_REC), data)
         for controller, directory in directories.items():
-            point = ensure(setup, os.path.join(target, controller.replace("name=", "") or "unified"))
+            point = ensure(setup, join_path(target, controller.replace("name=", "") or "unified"))
             mount(directory, fd_path(point), None, MS_BIND | MS_REC)
-            remount_top(setup, os.path.join(target, controller.replace("name=", "") or "unified"), MS_BIND | flags & ~MS_REC)
+            remount_top(setup, join_path(target, controller.replace("name=", "") or "unified"), MS_BIND | flags & ~MS_REC)
             os.close(point)
     os.close(fd)
     if flags & MS_RDONLY:
@@ -12201,8 +12304,8 @@ def do_device(setup, path, mode, major, minor, uid, gid, user_namespace):
         mount(path, fd_path(fd), None, MS_BIND)
         os.close(fd)
         return
-    parent = ensure(setup, os.path.dirname(path))
-    name = os.path.basename(path)
+    parent = ensure(setup, directory_of(path))
+    name = name_of(path)
     try:
         os.mknod(name, mode, os.makedev(major, minor), dir_fd=parent)
         os.chmod(name, mode & 0o7777, dir_fd=parent)
@@ -12216,9 +12319,9 @@ def do_device(setup, path, mode, major, minor, uid, gid, user_namespace):
 
 
 def do_symlink(setup, target, path):
-    parent = ensure(setup, os.path.dirname(path))
+    parent = ensure(setup, directory_of(path))
     try:
-        os.symlink(target, os.path.basename(path), dir_fd=parent)
+        os.symlink(target, name_of(path), dir_fd=parent)
     except FileExistsError:
         pass
     finally:
@@ -12440,8 +12543,8 @@ def do_identity(setup, uid, gid, groups, umask):
 def do_make_cwd(setup, path):
     """As root, since the user may be unable to make the directory, or to reach it."""
     try:
-        if not os.path.exists(path):
-            os.makedirs(path, 0o755)
+        if not exists(path):
+            make_directories(path, 0o755)
         os.chdir(path)
         setup.cwd = path
     except PermissionError:
@@ -12475,7 +12578,7 @@ def do_open_labels(setup, apparmor, selinux):
     if apparmor:
         if read_text("/sys/module/apparmor/parameters/enabled", "N") != "Y":
             raise ContainerError("process.apparmorProfile %s: this kernel has no AppArmor, or not enabled; unconfined is possible" % apparmor)
-        directory = "/proc/self/attr/apparmor" if os.path.isdir("/proc/self/attr/apparmor") else "/proc/self/attr"
+        directory = "/proc/self/attr/apparmor" if is_directory("/proc/self/attr/apparmor") else "/proc/self/attr"
         open_label(setup, "process.apparmorProfile " + apparmor, directory, "exec " + apparmor, "changeprofile " + apparmor)
     if selinux:
         need_selinux("process.selinuxLabel " + selinux)
@@ -12496,7 +12599,7 @@ def do_mount_label(setup, label):
 def open_label(setup, what, directory, for_exec, for_now):
     """Prepares the label for either payload: proc_pid_attr(5)."""
     for name, text in (("exec", for_exec), ("current", for_now)):
-        setup.labels.append((what, os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CLOEXEC), text))
+        setup.labels.append((what, os.open(join_path(directory, name), os.O_WRONLY | os.O_CLOEXEC), text))
 
 
 def do_labels(setup):
@@ -12504,7 +12607,7 @@ def do_labels(setup):
     engine changes its own."""
     for what, fd, text in setup.labels[setup.payload[0] == "wasm"::2]:
         try:
-            os.write(fd, os.fsencode(text))
+            os.write(fd, file_bytes(text))
         except OSError as error:
             reason = "no such profile is loaded" if error.errno == errno.ENOENT else os.strerror(error.errno)
             raise OSError(error.errno, "%s: %s" % (what, reason)) from None
@@ -12521,7 +12624,7 @@ def do_payload(setup, process):
 
 def home_of(uid):
     """A user's home directory: passwd(5), of the container."""
-    for line in read_text("/etc/passwd", "").splitlines() if os.path.isfile("/etc/passwd") else ():
+    for line in read_text("/etc/passwd", "").splitlines() if is_file("/etc/passwd") else ():
         fields = line.split(":")
         if fields[2:3] == [str(uid)]:
             return "".join(fields[5:6]) or "/"
@@ -12549,10 +12652,10 @@ def find_program(name, environment, cwd):
     """(path, descriptor) of args[0], found as execvp(3) does; ContainerError in runc's words,
     from which Docker derives exit statuses 126 and 127."""
     if "/" in name:
-        candidates = [os.path.join(cwd, name)]
+        candidates = [join_path(cwd, name)]
     else:
         path = next((e[5:] for e in environment if e.startswith("PATH=")), "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        candidates = [os.path.join(cwd, directory, name) for directory in path.split(":")]
+        candidates = [join_path(cwd, directory, name) for directory in path.split(":")]
     problem = None
     for candidate in candidates:
         try:
@@ -12564,7 +12667,7 @@ def find_program(name, environment, cwd):
         if os.fstat(fd).st_mode & 0o170000 == 0o100000:
             return candidate, fd
         os.close(fd)
-        problem = OSError(errno.EACCES, "is a directory" if os.path.isdir(candidate) else "permission denied")
+        problem = OSError(errno.EACCES, "is a directory" if is_directory(candidate) else "permission denied")
     if problem is None:
         raise ContainerError('exec: "%s": executable file not found in $PATH' % name)
     raise ContainerError('exec: "%s": %s%s' % (name, "stat %s: " % candidates[0] if problem.errno == errno.ENOENT else "",
@@ -12910,7 +13013,7 @@ class Stdio:
                 raise OSError(errno.EINVAL, "a logger is started for stdout, and takes stderr too")
             return self.log_ends.pop(0)
         if scheme == "file":
-            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            make_directories(directory_of(path), 0o755)
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         if os.stat(path).st_mode & 0o170000 != 0o010000:
             return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -13624,12 +13727,12 @@ class TaskService:
         bundle = container.bundle
         container.config = config = read_config(bundle)
         check_config(config)
-        container.rootfs = os.path.normpath(os.path.join(bundle, config["root"]["path"]))
+        container.rootfs = normal_path(join_path(bundle, config["root"]["path"]))
         if rootfs_mounts:
-            container.rootfs = os.path.join(bundle, "rootfs")
+            container.rootfs = join_path(bundle, "rootfs")
             container.mounted = True
             mount_rootfs(rootfs_mounts, container.rootfs)
-        if not os.path.isdir(container.rootfs):
+        if not is_directory(container.rootfs):
             raise ContainerError("rootfs %s: no such directory" % container.rootfs)
         userns = in_user_namespace()
         steps = plan(config, bundle, container.rootfs, userns)
@@ -13661,7 +13764,7 @@ class TaskService:
         linux = container.config.get("linux") or {}
         if userns and not linux.get("cgroupsPath") and not linux.get("resources"):
             return None
-        systemd = not userns and os.path.isdir(SYSTEMD_RUNS)
+        systemd = not userns and is_directory(SYSTEMD_RUNS)
         cgroup = cgroup_of(linux.get("cgroupsPath"), container.id, cgroup_mounts(mount_table()), systemd)
         container.cgroup = cgroup
         record(container.bundle, ["cgroup %s %s" % pair for pair in cgroup.directories.items()])
@@ -13928,7 +14031,7 @@ class TaskService:
             if process.io.logger:
                 yield from end_logger(process.io)
         if container.mounted:
-            unmount_all(os.path.join(container.bundle, "rootfs"))
+            unmount_all(join_path(container.bundle, "rootfs"))
         try:
             yield from self.run_hooks(container, "poststop", "stopped")
         except ContainerError as error:
@@ -14223,7 +14326,7 @@ def send_signal(process, signal):
 def read_config(bundle):
     """The parsed config.json of a bundle."""
     try:
-        with open(os.path.join(bundle, "config.json"), "rb") as file:
+        with open(join_path(bundle, "config.json"), "rb") as file:
             text = file.read().decode("utf-8", "replace")
     except OSError as error:
         raise ContainerError("%s/config.json: %s" % (bundle, error.strerror)) from None
@@ -14239,7 +14342,7 @@ def mount_rootfs(mounts, rootfs):
         words = [word for word in item["options"] if word[:7] not in ("uidmap=", "gidmap=")]
         maps = dict(word.split("=", 1) for word in item["options"] if word not in words)
         flags, propagation, data = mount_options(words, "rootfs")
-        target = os.path.normpath(os.path.join(rootfs, item["target"].lstrip("/"))) if item["target"] else rootfs
+        target = normal_path(join_path(rootfs, item["target"].lstrip("/"))) if item["target"] else rootfs
         if target != rootfs and not target.startswith(rootfs + "/"):
             raise ContainerError("rootfs mount target %s leaves the bundle" % item["target"])
         bind = item["type"] == "bind" or flags & MS_BIND
@@ -14333,8 +14436,9 @@ def mount_long(item, target, flags, data):
     layers = [path for name, _, value in options if name == "lowerdir" for path in value.split(":")]
     if item["type"] != "overlay" or not layers:
         raise ContainerError("rootfs mount options are longer than a page")
-    parent = os.path.commonpath(layers)
-    short = ",".join("%s=%s" % (name, ":".join(os.path.relpath(path, parent) for path in value.split(":")) if name == "lowerdir" else value)
+    from posixpath import commonpath, relpath
+    parent = commonpath(layers)
+    short = ",".join("%s=%s" % (name, ":".join(relpath(path, parent) for path in value.split(":")) if name == "lowerdir" else value)
                      if equals else name for name, equals, value in options)
     before = os.open(".", O_PATH | os.O_CLOEXEC)
     try:
@@ -14353,15 +14457,15 @@ def in_user_namespace():
 def record(bundle, lines):
     """Adds lines to init.pid, which tells `delete` what to undo if the shim dies, and so before
     there is anything to undo: "cgroup", a controller, its directory; "init", a pid, its start time."""
-    fd = os.open(os.path.join(bundle, "init.pid"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    os.write(fd, os.fsencode("\n".join(lines) + "\n"))         # in one piece: it is there, or not
+    fd = os.open(join_path(bundle, "init.pid"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    os.write(fd, file_bytes("\n".join(lines) + "\n"))         # in one piece: it is there, or not
     os.close(fd)
 
 
 def forget_init(bundle):
     """All is undone: nothing is left for `delete`."""
     try:
-        os.unlink(os.path.join(bundle, "init.pid"))
+        os.unlink(join_path(bundle, "init.pid"))
     except OSError:
         pass
 
@@ -14384,7 +14488,7 @@ def spawn_hook(hook, state):
     both are files without a name."""
     fd, errors = os.memfd_create("state", 0), os.memfd_create("stderr", 0)
     os.write(fd, to_json(state).encode())
-    os.lseek(fd, 0, os.SEEK_SET)
+    os.lseek(fd, 0, SEEK_SET)
     pid = os.fork()
     if not pid:
         try:
@@ -14580,7 +14684,7 @@ def shim_cgroup(options):
 def enter_cgroup(path):
     """Moves this process to a cgroup in every hierarchy that has it."""
     named = cgroup_of(path, "", cgroup_mounts(mount_table())).directories
-    found = Cgroup({name: directory for name, directory in named.items() if os.path.isdir(directory)})
+    found = Cgroup({name: directory for name, directory in named.items() if is_directory(directory)})
     if not found.directories:
         raise ContainerError("shim_cgroup %s: no such cgroup; make it first" % path)
     found.enter()
@@ -14598,8 +14702,8 @@ def group_of(id, bundle="."):
 def socket_path(directory, address, namespace, group):
     """As containerd's own shims name it, so that one group finds one socket."""
     import _sha256
-    digest = _sha256.sha256(os.path.normpath("/".join((address, namespace, group))).encode()).hexdigest()
-    path = os.path.join(directory, digest)
+    digest = _sha256.sha256(normal_path("/".join((address, namespace, group))).encode()).hexdigest()
+    path = join_path(directory, digest)
     if len(path) > MAX_SOCKET_PATH:
         raise ContainerError("socket path %s is longer than %d bytes" % (path, MAX_SOCKET_PATH))
     return path
@@ -14608,7 +14712,7 @@ def socket_path(directory, address, namespace, group):
 def listen(path):
     """A listening socket at the path; None if a live shim has it."""
     import _socket
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    make_directories(directory_of(path), 0o700)
     for _ in range(3):
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
         try:
@@ -14750,7 +14854,7 @@ class Shim:
                 seconds = 0
             yield None, BUNDLE_CHECK_S
             seconds += BUNDLE_CHECK_S
-            if not self.tasks.containers and (seconds >= UNUSED_EXIT_S or not os.path.exists(self.bundle)):
+            if not self.tasks.containers and (seconds >= UNUSED_EXIT_S or not exists(self.bundle)):
                 self.tasks.stop = True
 
     def reap(self, wake):
@@ -14840,7 +14944,7 @@ class Shim:
     def send_events(self):
         """Delivers events one after the other, each until containerd has it: it may be away for
         long. What it refuses again and again must not hold up the others."""
-        address = os.environ.get("TTRPC_ADDRESS") or self.flags["address"] + ".ttrpc"
+        address = environment("TTRPC_ADDRESS") or self.flags["address"] + ".ttrpc"
         client = Client(address)
         failures = refusals = 0
         while True:
@@ -14888,7 +14992,7 @@ class Shim:
         """containerd publish: a process for each event, the last resort."""
         fd = os.memfd_create("event", 0)
         os.write(fd, encode("Any", event))
-        os.lseek(fd, 0, os.SEEK_SET)
+        os.lseek(fd, 0, SEEK_SET)
         words = [self.flags["publish-binary"], "--address", self.flags["address"], "publish", "--topic", topic,
                  "--namespace", self.flags["namespace"]]
         pid = os.fork()
@@ -15019,8 +15123,8 @@ class Client:
 def shim_delete(flags):
     """delete: whatever a container left. Runs after every removal and after crashes, any
     number of times, and concerns this one container only: its pod's daemon may be alive."""
-    bundle = flags.get("bundle") or os.path.join(os.path.dirname(os.getcwd()), flags["id"])
-    records = [line.split(" ", 2) for line in read_text(os.path.join(bundle, "init.pid"), "").splitlines()]
+    bundle = flags.get("bundle") or join_path(directory_of(os.getcwd()), flags["id"])
+    records = [line.split(" ", 2) for line in read_text(join_path(bundle, "init.pid"), "").splitlines()]
     pid = next((int(words[1]) for words in records if words[0] == "init"), 0)
     if records:
         cgroup = Cgroup({words[1]: words[2] for words in records if words[0] == "cgroup"})
@@ -15033,7 +15137,7 @@ def shim_delete(flags):
                 break
             time.sleep(0.01)
         run_poststop(flags["id"], bundle, pid)
-    unmount_all(os.path.join(os.path.realpath(bundle), "rootfs"))
+    unmount_all(join_path(real_path(bundle), "rootfs"))
     remove_dead_socket(bundle, flags)
     os.write(1, encode("DeleteResponse", {"pid": pid, "exit_status": 128 + SIGKILL, "exited_at": timestamp(time.time())}))
     return 0
@@ -15072,7 +15176,7 @@ def remove_dead_socket(bundle, flags):
     """The daemon's socket, if the daemon is dead. Its address may not have been written yet, and a
     child that it had just forked may hold the socket for a moment, but will not answer."""
     import _socket
-    path = read_text(os.path.join(bundle, "address"), "")[len("unix://"):]
+    path = read_text(join_path(bundle, "address"), "")[len("unix://"):]
     if not path and flags.get("address"):
         path = socket_path(SOCKET_DIRECTORY, flags["address"], flags["namespace"], group_of(flags["id"], bundle))
     for _ in range(2):
@@ -15192,7 +15296,7 @@ def enter_user_namespace():
 def default_config(module, arguments, environment, directories, rootless):
     """config.json of a container with nothing but a module in it: no capability, no network."""
     mounts = [{"destination": d, "type": t, "source": s, "options": list(o)} for d, t, s, o in DEFAULT_MOUNTS]
-    mounts += [{"destination": guest, "type": "bind", "source": os.path.abspath(host), "options": ["rbind", "nosuid", "nodev"]}
+    mounts += [{"destination": guest, "type": "bind", "source": absolute_path(host), "options": ["rbind", "nosuid", "nodev"]}
                for host, guest in directories]
     config = {
         "ociVersion": "1.0.2", "hostname": "chibishim", "root": {"path": "rootfs"}, "mounts": mounts,
@@ -15217,18 +15321,18 @@ def command_container(words):
     path, arguments = rest[0], rest[1:]
     directories = [(host, guest or host) for host, _, guest in (d.partition("::") for d in options["dir"])]
     for host, guest in directories:
-        if not os.path.exists(host) or not guest.startswith("/"):
+        if not exists(host) or not guest.startswith("/"):
             raise UsageError("--dir %s::%s: the host's must exist, the guest's be absolute" % (host, guest))
     rootless = os.geteuid() != 0
     scratch = tempfile.mkdtemp(prefix="chibishim-")
     try:
-        name = os.path.basename(path)
-        rootfs = os.path.join(scratch, "bundle", "rootfs")
-        os.makedirs(rootfs, 0o755)
-        shutil.copyfile(path, os.path.join(rootfs, name))
-        os.chmod(os.path.join(rootfs, name), 0o755)
+        name = name_of(path)
+        rootfs = join_path(scratch, "bundle", "rootfs")
+        make_directories(rootfs, 0o755)
+        shutil.copyfile(path, join_path(rootfs, name))
+        os.chmod(join_path(rootfs, name), 0o755)
         config = default_config(name, arguments, options["env"], directories, rootless)
-        with open(os.path.join(scratch, "bundle", "config.json"), "w") as file:
+        with open(join_path(scratch, "bundle", "config.json"), "w") as file:
             json.dump(config, file)
         if rootless:
             enter_user_namespace()
@@ -15242,7 +15346,7 @@ class Driver:
 
     def __init__(self, scratch):
         self.scratch = scratch
-        self.bundle = os.path.join(scratch, "bundle")
+        self.bundle = join_path(scratch, "bundle")
         self.id = "c%d" % os.getpid()
         self.loop = Loop()
         self.client = None
@@ -15252,8 +15356,8 @@ class Driver:
     def shim(self, action, data=b""):
         """Runs the shim's command as containerd does; returns what it printed."""
         import subprocess
-        words = [sys.executable, "-IS", os.path.abspath(sys.argv[0]), "-namespace", "local", "-address",
-                 os.path.join(self.scratch, "none.sock"), "-publish-binary", "", "-id", self.id]
+        words = [sys.executable, "-IS", absolute_path(sys.argv[0]), "-namespace", "local", "-address",
+                 join_path(self.scratch, "none.sock"), "-publish-binary", "", "-id", self.id]
         done = subprocess.run(words + (["-bundle", self.bundle] if action == "delete" else []) + [action], input=data,
                               cwd=self.bundle, stdout=subprocess.PIPE)
         if done.returncode:
@@ -15262,7 +15366,7 @@ class Driver:
 
     def run(self):
         """start → Create → Start → Wait → Delete → Shutdown → delete; the exit status."""
-        fifos = {name: os.path.join(self.scratch, name) for name in ("stdin", "stdout", "stderr")}
+        fifos = {name: join_path(self.scratch, name) for name in ("stdin", "stdout", "stderr")}
         for path in fifos.values():
             os.mkfifo(path, 0o600)
         params = encode("BootstrapParams", {"instance_id": self.id, "namespace": "local", "socket_dir": self.scratch})
@@ -15370,7 +15474,7 @@ def command_image(words):
     if not rest or after or not options["o"]:
         raise UsageError("write it as: image MODULE -o FILE [-t REF] [--platform OS/ARCH]")
     path = rest[0]
-    name = os.path.basename(path)
+    name = name_of(path)
     reference = options["t"][-1] if options["t"] else "docker.io/library/%s:latest" % name.rpartition(".")[0].lower()
     os_name, slash, architecture = (options["platform"] or ["linux/" + go_architecture()])[-1].partition("/")
     if not slash:
@@ -15553,7 +15657,7 @@ def command_run(words):
     if not rest:
         raise UsageError("run needs a MODULE; see --help")
     path = rest[0]
-    argv0 = options["argv0"][-1] if options["argv0"] else os.path.basename(path)
+    argv0 = options["argv0"][-1] if options["argv0"] else name_of(path)
     preopens = [split_directory(text) for text in options["dir"]]
     for pair in options["env"]:
         split_pair("env", pair, "=")
@@ -15584,7 +15688,7 @@ COMMANDS = {"run": command_run, "container": command_container, "image": command
 
 def main(argv):
     """The entry point: argv as sys.argv; returns the exit status."""
-    program = os.path.basename(argv[0])
+    program = name_of(argv[0])
     words = argv[1:]
     try:
         if not words or words[0] in ("--help", "-h", "help") or "--help" in words[1:2]:

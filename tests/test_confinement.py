@@ -306,13 +306,13 @@ def test_the_process_is_not_dumpable_before_it_joins_anything(monkeypatch):
     monkeypatch.setattr(chibishim, "libc", Library())
     for name in ("reset_signals", "close_all_but", "send_error"):
         monkeypatch.setattr(chibishim, name, lambda *words: None)
-    monkeypatch.setattr(os, "setsid", lambda: None)
-    monkeypatch.setattr(os, "dup2", lambda *words: None)
+    monkeypatch.setattr(chibishim.os, "setsid", lambda: None)
+    monkeypatch.setattr(chibishim.os, "dup2", lambda *words: None)
     monkeypatch.setattr(chibishim, "container_main", lambda *words: seen.append("set-up"))
 
     def leave(code):
         raise KeyboardInterrupt
-    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(chibishim.os, "_exit", leave)
     with pytest.raises(KeyboardInterrupt):
         chibishim.container_child({}, [], chibishim.Setup(None, None, None, -1, -1), (0, 1, 2), False)
     assert seen[-2:] == [(chibishim.PR_SET_DUMPABLE, 0), "set-up"]

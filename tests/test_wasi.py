@@ -370,7 +370,7 @@ def test_only_harmless_devices_can_be_opened(guest, root, monkeypatch, kind, dev
     except PermissionError as error:
         pytest.skip("no device nodes here: %s" % error)
     opened, real = [], os.open
-    monkeypatch.setattr(os, "open", lambda path, *rest, **keywords: opened.append(path) or real(path, *rest, **keywords))
+    monkeypatch.setattr(chibishim.os, "open", lambda path, *rest, **keywords: opened.append(path) or real(path, *rest, **keywords))
     assert guest(root).open("device")[0] == outcome
     assert (b"device" in opened) == (outcome == "SUCCESS")
 
@@ -483,7 +483,7 @@ def test_random_get_fills_what_is_inside(guest):
 def test_random_get_streams(guest, monkeypatch):
     "W6: 4 GiB never need 4 GiB of host memory"
     sizes, urandom = [], os.urandom
-    monkeypatch.setattr(os, "urandom", lambda size: sizes.append(size) or urandom(size))
+    monkeypatch.setattr(chibishim.os, "urandom", lambda size: sizes.append(size) or urandom(size))
     g = guest()
     g.wasi.memory = chibishim.Memory(64, 64)
     assert g.random_get(0, 1 << 22) == "SUCCESS"

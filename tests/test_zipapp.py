@@ -81,6 +81,16 @@ def test_the_engine_and_its_native_tier_are_loaded_when_they_are_needed(tmp_path
     assert (done.returncode, done.stdout) == (0, b"Hello, World!\n")
 
 
+@pytest.mark.parametrize("words", [("run", os.path.join(ROOT, "tests", "modules", "hello.wasm")), ("-v",)], ids=["run", "-v"])
+def test_the_python_half_of_os_is_not_imported(tmp_path, words):
+    """It takes longer than everything else between the start of Python and the guest."""
+    shim = build(tmp_path / "shim")
+    done = subprocess.run([sys.executable, "-IS", "-X", "importtime", "-" + build_zipapp.COMMAND[:1], build_zipapp.COMMAND[1:], str(shim), *words],
+                          capture_output=True)
+    names = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and b"posix" in names and not names & {b"os", b"posixpath", b"_collections_abc"}
+
+
 def test_a_closed_stdout_leaves_the_exit_status_alone(tmp_path):
     shim = build(tmp_path / "shim")
     done = subprocess.run("exec %s run --invoke absent %s >&-" % (shim, os.path.join(ROOT, "tests", "modules", "hello.wasm")), shell=True,
