@@ -13887,7 +13887,11 @@ class TaskService:
                 process.exit_status, process.exited_at = 255, timestamp(time.time())
                 process.exited.happen()
                 process.io.close(self.loop)
-                raise RpcError(UNKNOWN_ERROR, "exec %s: %s" % (process.id, error)) from None
+                if not process.heard:               # nor a word of the child: does the pid namespace end? init is its last process
+                    yield container.init.exited, 1
+                if is_dead(container.init):         # whatever that made fail
+                    raise RpcError(FAILED_PRECONDITION, "exec %s: the container's process has ended" % process.id) from None
+                raise RpcError(UNKNOWN_ERROR, "exec %s: %s" % (process.id, getattr(error, "strerror", None) or error)) from None
         process.state = RUNNING
         process.started = Event()
         try:

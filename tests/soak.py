@@ -61,7 +61,6 @@ class Soak:
         guest = self.daemon.task_pid(POD)
         self.pod = {guest, *(pid for pid in self.daemon.shims() if pid != guest)}
         self.shim = (self.pod - {guest}).pop()
-        self.namespaces = namespace_mounts()
 
     # --- cycles: each gets an id of its own ---
 
@@ -193,7 +192,7 @@ class Soak:
                 os.unlink(path)         # the next `start` of that id would take it over
             found += ["socket %s of %s" % (path, id)] if os.path.exists(path) else []
         found += ["child %d of the pod's shim: %s" % child for child in children(self.shim) if child[0] not in self.pod]
-        found += ["namespace " + mount for mount in namespace_mounts() - self.namespaces]
+        found += ["namespace " + mount for mount in namespace_mounts() if mount.startswith(self.daemon.directory)]
         if self.daemon.task_state(POD) != "RUNNING":
             found.append("the pod is " + str(self.daemon.task_state(POD)))
         if found:

@@ -422,6 +422,26 @@ def test_init_dies_while_an_exec_runs(bundle, heard, spaces):
     assert sorted(heard.topics()[4:6]) == ["exit", "exit x"] and len(heard.events) == 7
 
 
+def test_an_exec_that_meets_the_death_of_init_is_a_failed_precondition(bundle):
+    "L11, L3: whatever it was about to do"
+    bundle.start()
+    for number in range(20):
+        pid = bundle.create()
+        bundle.call("Start")
+        bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"))
+        stream = bundle.send("Start", {"id": bundle.id, "exec_id": "x"})
+        time.sleep(number * 0.001)
+        os.kill(pid, signal.SIGKILL)
+        answered, body = bundle.receive()
+        assert answered == stream
+        try:
+            chibishim.response_payload(body)
+        except RpcError as error:
+            assert error.args[0] == chibishim.FAILED_PRECONDITION, error
+        bundle.call("Wait")
+        bundle.call("Delete")
+
+
 def test_the_crash_of_one_container_does_not_touch_another(bundle, heard):
     "L12"
     pid = bundle.start().create()
