@@ -293,8 +293,8 @@ MESSAGES = {
                        "8 extensions [Extension], 9 socket_dir string",
     "Extension": "1 value Any",
     # containerd.runc.v1.Options, containerd.linux.runc.CreateOptions: of their options, the shim's own
-    "RuncOptions": "3 shim_cgroup string",
-    "LinuxOptions": "9 shim_cgroup string",
+    "RuncOptions": "1 no_pivot_root bool, 3 shim_cgroup string",
+    "LinuxOptions": "1 no_pivot_root bool, 9 shim_cgroup string",
     "RuntimeInfo": "1 name string, 2 version RuntimeVersion, 3 options Any, 4 features Any, 5 annotations [Pair]",
     "RuntimeVersion": "1 version string, 2 revision string",
     # io.containerd.cgroups.v1
@@ -9549,7 +9549,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_REMOUNT, MS_MANDLO
     1, 2, 4, 8, 16, 32, 64, 128)
 MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_REC, MS_SILENT, MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = (
     1 << 10, 1 << 11, 1 << 12, 1 << 14, 1 << 15, 1 << 17, 1 << 18, 1 << 19, 1 << 20)
-MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
+MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME, MS_MOVE = 1 << 21, 1 << 24, 1 << 25, 1 << 13
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_SET_NAME = 36, 38, 47, 15
@@ -10305,10 +10305,11 @@ def mount_options(words, where="mount"):
     return flags, propagation, ",".join(data)
 
 
-def plan(config, bundle, rootfs, user_namespace=False):
+def plan(config, bundle, rootfs, user_namespace=False, pivot=True):
     """The operations, each (name, argument, …) for OPERATIONS, that turn a fresh child
     of the shim into the container's process, up to the guest's first instruction.
-    `bundle` and `rootfs` are absolute paths; `user_namespace`: we are root in one only."""
+    `bundle` and `rootfs` are absolute paths; `user_namespace`: we are root in one only;
+    `pivot`: pivot_root(2) works with the present root."""
     linux = config.get("linux") or {}
     process = config.get("process") or {}
     spaces = namespaces(config)
@@ -10331,7 +10332,7 @@ def plan(config, bundle, rootfs, user_namespace=False):
         steps += [("mask", path) for path in linux.get("maskedPaths") or ()]
         if config["root"].get("readonly"):
             steps.append(("readonly_root", rootfs))
-        steps.append(("pivot_root", rootfs))
+        steps.append(("pivot_root" if pivot else "move_root",))
         if PROPAGATION[propagation] & (MS_SHARED | MS_UNBINDABLE):
             steps.append(("propagation", PROPAGATION[propagation]))
     elif "mount" in spaces:
@@ -12418,16 +12419,57 @@ def do_readonly_root(setup, rootfs):
     os.close(fd)
 
 
-def do_pivot_root(setup, rootfs):
+def do_pivot_root(setup):
     """The new root on top of the old one, then the old one away: pivot_root(2), NOTES."""
     old = os.open("/", O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     os.fchdir(setup.root)
-    libc.pivot_root(b".", b".")
+    try:
+        libc.pivot_root(b".", b".")
+    except OSError as error:
+        advice = "; is / an initramfs? ask for no pivot_root (ctr run --no-pivot)" if error.errno == errno.EINVAL else ""
+        raise OSError(error.errno, os.strerror(error.errno) + advice) from None
     os.fchdir(old)
     mount(None, ".", None, MS_SLAVE | MS_REC)       # so that the unmount stays here
     umount(".")
     os.chdir("/")
     os.close(old)
+
+
+def do_move_root(setup):
+    """The new root over the old one, which stays below where nothing leads to: for an old root that
+    pivot_root(2) cannot replace, an initramfs. Its proc and sysfs go first, as to have them somewhere
+    is a right to mount others: mount_namespaces(7)."""
+    outside = [entry for entry in mount_table() if not (entry.mountpoint + "/").startswith(setup.rootfs + "/")]
+    for entry in outside:
+        if any(option.startswith("shared") for option in entry.propagation):
+            make_slave(entry.mountpoint)            # so that the unmounts stay here
+    for entry in outside:
+        if entry.type in ("proc", "sysfs"):
+            take_away(entry.mountpoint)
+    os.fchdir(setup.root)
+    mount(".", "/", None, MS_MOVE)
+    do_chroot(setup, ".")
+
+
+def make_slave(mountpoint):
+    """Keeps what happens to a mount here; it need not be there, under another."""
+    try:
+        mount(None, mountpoint, None, MS_SLAVE)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINVAL):
+            raise
+
+
+def take_away(mountpoint):
+    """Unmounts, or covers what a user namespace has locked or another mount hides."""
+    try:
+        umount(mountpoint)
+    except FileNotFoundError:
+        pass                            # it was below one that has gone
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EPERM):
+            raise
+        mount("tmpfs", mountpoint, "tmpfs", MS_RDONLY, "size=0")
 
 
 def do_propagation(setup, flag):
@@ -12643,8 +12685,8 @@ def do_seccomp(setup, call, flags, program):
 OPERATIONS = {function.__name__[3:]: function for function in (
     do_join, do_unshare, do_time_offsets, do_scheduler, do_io_priority, do_affinity, do_personality, do_cgroup,
     do_loopback_up, do_prepare_root, do_mount, do_attributes, do_mount_cgroup, do_device, do_symlink, do_terminal,
-    do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_propagation, do_chroot, do_hostname,
-    do_domainname, do_rlimit, do_session_keyring, do_bounding, do_make_cwd, do_identity, do_cwd, do_capabilities,
+    do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_move_root, do_propagation,
+    do_chroot, do_hostname, do_domainname, do_rlimit, do_session_keyring, do_bounding, do_make_cwd, do_identity, do_cwd, do_capabilities,
     do_no_new_privs, do_mount_label, do_open_labels, do_payload, do_labels, do_seccomp)}
 
 
@@ -12876,6 +12918,8 @@ SCM_RIGHTS = 1
 # are RpcErrors with the codes that runc's shim uses, for clients act on them.
 
 CREATED, RUNNING, STOPPED, PAUSED = 1, 2, 3, 4
+# what a client's options may be: containerd.runc.v1.Options for any runtime, or what it sends up to 1.7
+OPTIONS_TYPES = {"containerd.runc.v1.Options": "RuncOptions", "containerd.linux.runc.CreateOptions": "LinuxOptions"}
 TASK_METHODS = {                        # method -> (request, response)
     "State": ("StateRequest", "StateResponse"), "Create": ("CreateTaskRequest", "CreateTaskResponse"),
     "Start": ("StartRequest", "StartResponse"), "Delete": ("DeleteRequest", "DeleteResponse"),
@@ -13697,7 +13741,7 @@ class TaskService:
         container.init = Process("", Stdio(request))
         self.containers[id] = container
         try:
-            yield from self.set_up(container, request["rootfs"])
+            yield from self.set_up(container, request["rootfs"], runtime_options([request["options"]]))
         except Exception as error:      # a defect of this module too leaves nothing behind
             yield from self.tear_down(container)
             if not isinstance(error, (ContainerError, ConfigError, OSError)):
@@ -13722,7 +13766,7 @@ class TaskService:
         warm_up()
         gc.freeze()
 
-    def set_up(self, container, rootfs_mounts):
+    def set_up(self, container, rootfs_mounts, options):
         """Create's work; whatever fails, tear_down undoes."""
         bundle = container.bundle
         container.config = config = read_config(bundle)
@@ -13735,7 +13779,7 @@ class TaskService:
         if not is_directory(container.rootfs):
             raise ContainerError("rootfs %s: no such directory" % container.rootfs)
         userns = in_user_namespace()
-        steps = plan(config, bundle, container.rootfs, userns)
+        steps = plan(config, bundle, container.rootfs, userns, not options.get("no_pivot_root"))
         container.cgroup = yield from self.make_cgroup(container, userns)
         init = container.init
         spec = config["process"]
@@ -14058,9 +14102,10 @@ class TaskService:
         return {"exit_status": process.exit_status, "exited_at": process.exited_at}
 
     def Connect(self, request):
-        """NotFound is how a containerd that was away learns that the task went meanwhile: 1.6 asks nothing else."""
-        container = self.container(request["id"])
-        return {"shim_pid": os.getpid(), "task_pid": container.init.pid, "version": VERSION}
+        """NotFound is how a containerd that was away learns that the task went meanwhile: 1.6 asks nothing else.
+        No id at all asks for the shim's pid only."""
+        pid = self.container(request["id"]).init.pid if request["id"] else 0
+        return {"shim_pid": os.getpid(), "task_pid": pid, "version": VERSION}
 
     def Pids(self, request):
         container = self.container(request["id"])
@@ -14315,6 +14360,18 @@ def valid_id(id):
 def any_of(url, name, message):
     """The Any of a message; the bare name, which old clients can read."""
     return {"type_url": url, "value": encode(name, message)}
+
+
+def runtime_options(values):
+    """The options of this runtime among Any values, {} if there are none. Foreign ones are no error."""
+    for any in values:
+        message = OPTIONS_TYPES.get(any and any["type_url"].rpartition("/")[2])
+        if message:
+            try:
+                return decode(message, any["value"])
+            except ProtobufError as error:
+                raise ContainerError("options of the runtime: %s" % error) from None
+    return {}
 
 
 def send_signal(process, signal):
@@ -14572,7 +14629,6 @@ TASK_SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 EVENT_TYPES = "containerd.events."
 SHIM_FLAGS = ("namespace", "id", "address", "publish-binary", "bundle", "socket", "debug-socket")
 SHIM_SWITCHES = ("debug", "info", "v", "version")
-OPTIONS_TYPES = {"containerd.runc.v1.Options": "RuncOptions", "containerd.linux.runc.CreateOptions": "LinuxOptions"}
 FEATURES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 UNUSED_EXIT_S = 300                     # so long without a container: containerd has forgotten us
 BUNDLE_CHECK_S = 2
@@ -14673,18 +14729,6 @@ def bootstrap(flags, data):
         return {}, []
 
 
-def shim_cgroup(options):
-    """The cgroup that the options want the shim in, "" for where it is. Foreign options are no error."""
-    for any in options:
-        message = OPTIONS_TYPES.get(any and any["type_url"].rpartition("/")[2])
-        if message:
-            try:
-                return decode(message, any["value"])["shim_cgroup"]
-            except ProtobufError as error:
-                raise ContainerError("options of the runtime: %s" % error) from None
-    return ""
-
-
 def enter_cgroup(path):
     """Moves this process to a cgroup in every hierarchy that has it."""
     named = cgroup_of(path, "", cgroup_mounts(mount_table())).directories
@@ -14752,7 +14796,7 @@ def shim_start(flags):
     listener = listen(path)
     if listener:
         try:
-            cgroup = shim_cgroup(options)
+            cgroup = runtime_options(options).get("shim_cgroup")
             if cgroup:
                 enter_cgroup(cgroup)    # before the daemon is there, which inherits it
         except BaseException:

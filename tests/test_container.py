@@ -858,7 +858,7 @@ def test_a_string_that_the_kernel_cannot_take_is_named(path, value):
 
 def test_a_defect_during_create_leaves_nothing_behind(tmp_path, monkeypatch):
     "L5"
-    def set_up(service, container, mounts):
+    def set_up(service, container, mounts, options):
         raise KeyError("nobody expects this")
         yield
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -34,12 +35,13 @@ class Bundle:
         self.config["linux"]["cgroupsPath"] = "/%s/%s" % (GROUP, self.id)
         self.output = os.path.join(directory, self.id + ".out")
         self.publisher = ""
+        self.prefix = []                # a command that runs the shim's
         self.peer = None
 
     def command(self, action, data=b""):
         with open(os.path.join(self.path, "config.json"), "w") as file:
             json.dump(self.config, file)
-        return subprocess.run([SHIM, "-namespace", "test", "-address", self.directory + "/none", "-publish-binary", self.publisher,
+        return subprocess.run([*self.prefix, SHIM, "-namespace", "test", "-address", self.directory + "/none", "-publish-binary", self.publisher,
                                "-id", self.id, "-bundle", self.path, action], input=data, cwd=self.path, capture_output=True, timeout=20)
 
     def start(self, data=None):
@@ -73,8 +75,8 @@ class Bundle:
         assert answered == stream
         return decode(chibishim.TASK_METHODS[method][1], chibishim.response_payload(body))
 
-    def create(self):
-        return self.call("Create", bundle=self.path, stdout="file://" + self.output)["pid"]
+    def create(self, **message):
+        return self.call("Create", bundle=self.path, stdout="file://" + self.output, **message)["pid"]
 
     def processes(self):
         """The daemons of this directory and what they forked."""
@@ -188,6 +190,80 @@ def test_runtime_options_that_are_no_message_make_start_fail(bundle):
     any = {"type_url": "containerd.runc.v1.Options", "value": b"\x1a\x7f"}
     done = bundle.command("start", encode("Any", any))
     assert (done.returncode, done.stdout) == (1, b"") and b"options of the runtime" in done.stderr
+
+
+NO_PIVOT = {"type_url": "containerd.linux.runc.CreateOptions", "value": encode("LinuxOptions", {"no_pivot_root": True})}
+
+
+def unpivoted(bundle, **linux):
+    """A created container of busybox whose root was moved, not pivoted: its pid, and a run inside it."""
+    shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs"))
+    os.mkdir(os.path.join(bundle.path, "rootfs", "tmp"), 0o777)
+    bundle.config["linux"].update(linux)
+    pid = bundle.start().create(options=NO_PIVOT)
+    return pid, lambda *words: subprocess.run(["nsenter", "-t", str(pid), "-m", "-p", "/busybox", *words], capture_output=True, text=True, timeout=20)
+
+
+@needs_busybox
+def test_without_pivot_root_the_container_sees_its_own_root_only(bundle):
+    pid, run = unpivoted(bundle)
+    assert set(run("ls", "/").stdout.split()) == set(os.listdir(os.path.join(bundle.path, "rootfs")))
+    with open("/proc/%d/mountinfo" % pid) as file:
+        mounted = [line.split()[4] for line in file]
+    assert mounted.count("/proc") == 1 and not [path for path in mounted if path.startswith(("/run", "/var"))]
+    bundle.call("Start")
+    assert bundle.call("State")["status"] == chibishim.RUNNING
+
+
+# the classic way out: a new root below the working directory, then up past where the old root was
+ESCAPE = """
+import ctypes, os, sys
+namespace = os.open("/proc/%s/ns/mnt" % sys.argv[1], os.O_RDONLY)
+assert ctypes.CDLL(None).setns(namespace, 0) == 0
+os.mkdir("/tmp/in")
+os.chroot("/tmp/in")
+for _ in range(10):
+    os.chdir("..")
+os.chroot(".")
+print(*os.listdir("/"))
+"""
+
+
+@needs_busybox
+def test_without_pivot_root_a_second_chroot_does_not_lead_out(bundle):
+    pid, _ = unpivoted(bundle)
+    done = subprocess.run([sys.executable, "-c", ESCAPE, str(pid)], capture_output=True, text=True, timeout=20)
+    assert set(done.stdout.split()) == set(os.listdir(os.path.join(bundle.path, "rootfs"))), done.stderr
+
+
+@needs_busybox
+def test_without_pivot_root_the_hosts_mounts_stay_as_they_are(bundle):
+    elsewhere = bundle.directory + "/elsewhere"
+    os.mkdir(elsewhere)
+    bundle.prefix = ["unshare", "-m", "sh", "-c", "mount --make-rshared /; mount -t tmpfs tmpfs $0; mkdir $0/proc; mount -t proc proc $0/proc"
+                     " && exec \"$@\"", elsewhere]
+    pid, _ = unpivoted(bundle, rootfsPropagation="rshared")
+    with open("/proc/%d/mounts" % bundle.call("Connect")["shim_pid"]) as file:
+        mounted = [line.split()[1] for line in file]
+    assert {"/proc", "/sys", elsewhere, elsewhere + "/proc"} <= set(mounted) and mounted.count("/") == 1
+    assert os.path.exists("/proc/%d" % pid)
+
+
+@needs_busybox
+def test_without_pivot_root_no_whole_proc_is_left_to_mount_another(bundle):
+    "a user namespace may mount a new proc where it sees one that nothing masks: mount_namespaces(7)"
+    bundle.config["linux"]["maskedPaths"] = ["/proc/kcore"]
+    _, run = unpivoted(bundle)
+    done = run("unshare", "-U", "-r", "-m", "-p", "-f", "/busybox", "mount", "-t", "proc", "proc", "/tmp")
+    assert done.returncode and "permission denied" in done.stderr, done
+
+
+@needs_busybox
+def test_without_pivot_root_a_user_namespace_covers_what_it_may_not_unmount(mapped):
+    pid, run = unpivoted(mapped)
+    assert set(run("ls", "/").stdout.split()) == set(os.listdir(os.path.join(mapped.path, "rootfs")))
+    done = subprocess.run(["nsenter", "-t", str(pid), "-U", "-m", "-p", "/busybox", "umount", "/"], capture_output=True)
+    assert done.returncode and "guest.wasm" in run("ls", "/").stdout
 
 
 def test_foreign_options_are_no_error(bundle):
@@ -963,6 +1039,16 @@ def test_connect_is_refused_for_what_is_not_there(bundle):
     assert bundle.call("Connect")["task_pid"] == pid
     bundle.call("Delete")
     bundle.fails(chibishim.NOT_FOUND, "Connect")
+
+
+def test_connect_without_an_id_tells_the_shims_pid(bundle):
+    "as runc's shim, whose clients do not always know a container"
+    stream = bundle.start().send("Connect", {"id": ""})
+    answered, body = bundle.receive()
+    answer = decode("ConnectResponse", chibishim.response_payload(body))
+    assert answered == stream and answer["task_pid"] == 0
+    with open("/proc/%d/comm" % answer["shim_pid"]) as file:
+        assert file.read() == "chibishim\n"
 
 
 def test_the_cgroup_is_recorded_before_it_is_made(tmp_path, monkeypatch):
