@@ -10162,6 +10162,14 @@ def parse_json(text, what):
         raise ConfigError("%s: not JSON: %s" % (what, str(error)[:200] or "no value")) from None
 
 
+def parse_object(text, what):
+    """A JSON text's value, which must be an object."""
+    value = parse_json(text, what)
+    if value.__class__ is not dict:
+        raise ConfigError("%s is %s, not an object" % (what, value.__class__.__name__))
+    return value
+
+
 class JsonContext:
     """What _json.make_scanner wants to know of a decoder."""
 
@@ -11453,8 +11461,10 @@ class MeasuredCgroup(Cgroup):
 
     def page_sizes(self, suffix):
         """The sizes of huge pages for which there is a file hugetlb.SIZE with that suffix."""
-        directory = self.file("hugetlb", "")
-        names = sorted(os.listdir(directory)) if is_directory(directory) else ()
+        try:
+            names = sorted(os.listdir(self.file("hugetlb", "")))
+        except OSError:
+            return []                   # removed meanwhile
         words = [name[:-len(suffix)].split(".") for name in names if name.endswith(suffix)]
         return [size for kind, *size in words if kind == "hugetlb" for size in size[:len(size) == 1]]
 
@@ -11553,7 +11563,7 @@ def cpu_weight(shares):
 
 def io_weight(weight):
     """io.weight, of 1 to 10000, for version 1's weight, of 10 to 1000 (as runc and crun have it)."""
-    return 1 + (min(max(weight, 10), 1000) - 10) * 9999 // 990
+    return 1 + (weight - 10) * 9999 // 990
 
 
 def inherit_cpuset(path):
@@ -11682,8 +11692,10 @@ def keep_scope():
         _signal.signal(SIGTERM, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
         os.closerange(0, 1 << 20)
-        while True:
-            time.sleep(1 << 20)
+        try:
+            os.execv("/bin/sleep", ["sleep", "2147483647"])     # has less memory than a copy of a shim
+        except OSError:
+            time.sleep(2147483647)
     finally:
         os._exit(0)
 
@@ -12118,6 +12130,8 @@ def copy_entry(here, there, name):
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=here)
         new = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=there)
         try:
+            if os.fstat(fd).st_mode & 0o170000 != kind:     # a volume whose other users are at work
+                raise OSError(errno.ESTALE, "%s: somebody replaces it" % name)
             while os.sendfile(new, fd, None, COPY_AT_ONCE):
                 pass
         finally:
@@ -12154,12 +12168,14 @@ def mapped_tree(setup, source, flags, mapping):
 
 
 def map_ids(tree, source, user_namespace, attributes, recursive):
-    """Has what open_tree returned show owners as a user namespace maps them: mount_setattr(2)."""
+    """Has what open_tree returned show owners as a user namespace maps them, or closes it and
+    fails: mount_setattr(2)."""
     space = open_namespace(user_namespace)
     try:
         libc.syscall(SYS_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0),
                      struct.pack("=QQQQ", attributes, 0, 0, space), 32)
     except OSError as error:
+        os.close(tree)
         reason = {errno.ENOSYS: "it takes Linux 5.12", errno.EINVAL: "its file system cannot, on this kernel",
                   errno.EPERM: "it does already, or is a user namespace's"}.get(error.errno, os.strerror(error.errno))
         raise OSError(error.errno, "mount %s with mapped ids: %s; change the files' owners, and remove the mapping" % (
@@ -14188,7 +14204,7 @@ class TaskService:
     def Update(self, request):
         container, _ = self.find(request, "Update")
         try:
-            resources = parse_json((request["resources"] or {}).get("value", b"").decode("utf-8", "replace"), "resources")
+            resources = parse_object((request["resources"] or {}).get("value", b"").decode("utf-8", "replace"), "resources")
             check_fields({"linux": {"resources": resources}}, OCI_FIELDS, "", "Update")
             if not container.cgroup:
                 raise ConfigError("%s: the container has no cgroup" % container.id)
@@ -14206,7 +14222,7 @@ class TaskService:
             raise RpcError(INVALID_ARGUMENT, "exec id %r: use letters, digits, and _ + - . after the first" % id[:100])
         process = Process(id, Stdio(request))
         try:
-            process.spec = parse_json((request["spec"] or {}).get("value", b"").decode("utf-8", "replace"), "process")
+            process.spec = parse_object((request["spec"] or {}).get("value", b"").decode("utf-8", "replace"), "process")
             check_fields({"process": process.spec}, OCI_FIELDS, "", "Exec")
             if not process.spec.get("args"):
                 raise ConfigError("Exec: process.args is empty: nothing to run")
@@ -14391,10 +14407,7 @@ def read_config(bundle):
             text = file.read().decode("utf-8", "replace")
     except OSError as error:
         raise ContainerError("%s/config.json: %s" % (bundle, error.strerror)) from None
-    config = parse_json(text, "config.json")
-    if config.__class__ is not dict:
-        raise ConfigError("config.json is not an object")
-    return config
+    return parse_object(text, "config.json")
 
 
 def mount_rootfs(mounts, rootfs):
@@ -14468,25 +14481,23 @@ def overlay_tree(item, target, flags, data, user_namespace):
     layers = [path for name, _, value in options if name == "lowerdir" for path in value.split(":")]
     lower = "lowerdir=" + ":".join(map(str, range(len(layers))))
     data = ",".join([lower] + ["".join(option) for option in options if option[0] not in ("lowerdir", "")])
-    before = os.open(".", O_PATH | os.O_CLOEXEC)
     mount("tmpfs", target, "tmpfs", 0, "mode=700")
+    before = -1
     try:
+        before = os.open(".", O_PATH | os.O_CLOEXEC)
         os.chdir(target)
         for index, layer in enumerate(layers):
-            tree = open_tree(layer, 0)
             os.mkdir(str(index))
-            try:
-                map_ids(tree, layer, user_namespace, MOUNT_ATTR_IDMAP | MOUNT_ATTR_RDONLY, False)
-            except OSError:
-                os.close(tree)
-                raise
+            tree = open_tree(layer, 0)
+            map_ids(tree, layer, user_namespace, MOUNT_ATTR_IDMAP | MOUNT_ATTR_RDONLY, False)
             attach(tree, str(index))
         os.mkdir("merged")
         mount(item["source"], "merged", "overlay", flags, data)
         return open_tree("merged", 0)
     finally:
-        os.fchdir(before)
-        os.close(before)
+        if before >= 0:
+            os.fchdir(before)
+            os.close(before)
         umount(target)
 
 

@@ -30,8 +30,8 @@ def needs_mapped_ids(path):
     space, tree = chibishim.make_user_namespace([(0, 1, 1)], [(0, 1, 1)]), chibishim.open_tree(path, 0)
     try:
         chibishim.map_ids(tree, path, chibishim.fd_path(space), chibishim.MOUNT_ATTR_IDMAP, False)
+        os.close(tree)
     except OSError as error:
         pytest.skip("*** mounts that map ids are NOT tested: " + error.strerror)
     finally:
-        os.close(tree)
         os.close(space)

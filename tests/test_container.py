@@ -532,6 +532,7 @@ def test_a_limit_below_what_is_used_is_refused_if_asked(tmp_path, version, name)
 def test_weights_keep_what_is_least_default_and_most():
     assert [chibishim.cpu_weight(shares) for shares in (0, 2, 1024, 262144, 1 << 40)] == [1, 1, 100, 10000, 10000]
     assert [chibishim.io_weight(weight) for weight in (10, 100, 1000)] == [1, 910, 10000]
+    assert not any(1 <= chibishim.io_weight(weight) <= 10000 for weight in (-1, 9, 1001))       # and the kernel refuses the rest
 
 
 @pytest.mark.parametrize("resources, text", [

@@ -492,6 +492,11 @@ def test_a_limit_that_the_system_does_not_have_is_refused_and_named(limited):
     assert "linux.resources.blockIO.leafWeight" in text and "blkio.leaf_weight" in text
 
 
+@pytest.mark.parametrize("resources", [b"", b"{", b"[]", b"null", b"7", b'{"memory": []}', b'{"blockIO": {"weightDevice": [null]}}'])
+def test_an_update_that_is_none_is_an_invalid_argument(limited, resources):
+    limited.fails(chibishim.INVALID_ARGUMENT, "Update", resources={"value": resources})
+
+
 def test_an_update_leaves_the_devices_alone(limited):
     before = cgroup_file(limited, "devices", "devices.list")
     update(limited, {"devices": [{"allow": True, "access": "rwm"}], "pids": {"limit": 99}})
@@ -692,7 +697,7 @@ def test_delete_runs_the_poststop_hooks_of_a_dead_shim_once(hooked):
     assert [words[0] for words in noted(hooked)] == list(HOOKS[:3]) + ["poststop"]
 
 
-@pytest.mark.parametrize("spec", [b"", b"{", b"[]", b"{}", b'{"args": "x"}', b'{"args": []}'])
+@pytest.mark.parametrize("spec", [b"", b"{", b"[]", b"null", b"{}", b'{"args": "x"}', b'{"args": []}'])
 def test_an_exec_that_cannot_be_is_an_invalid_argument(bundle, spec):
     bundle.start().create()
     bundle.call("Start")
