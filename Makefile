@@ -6,7 +6,7 @@ TIER   ?= auto
 SHIM   := dist/containerd-shim-chibiwasm-v1
 PEERS  := containerd runc wabt protobuf-compiler busybox-static
 
-.PHONY: all build demo test modules spec wasi programs fuzz fuzz-native soak e2e bench install uninstall clean
+.PHONY: all build demo test modules spec wasi programs fuzz fuzz-native fuzz-portable soak e2e bench install uninstall clean
 
 all build: $(SHIM)
 
@@ -35,7 +35,7 @@ modules:
 	for source in tests/modules/*.wat; do wat2wasm --debug-names $$source -o $${source%.wat}.wasm; done
 
 # The official suite of WebAssembly; SUITE is a group, GROUP/FILE or a directory. This and
-# the next ones with TIER=interpreter, native or auto.
+# the next ones with TIER=interpreter, portable, native or auto.
 spec wasi programs: export CHIBISHIM_TIER = $(TIER)
 spec: .venv/ready
 	SHARED=$(SHARED) .venv/bin/python tests/run_spec.py $(SUITE)
@@ -44,9 +44,12 @@ spec: .venv/ready
 fuzz: .venv/ready
 	SHARED=$(SHARED) .venv/bin/python tests/fuzz.py $(or $(SECONDS),60)
 
-# Generated modules in the interpreter and natively: nothing may differ.
+# Generated modules in the interpreter and natively, or as Python: nothing may differ.
 fuzz-native: .venv/ready
 	SHARED=$(SHARED) .venv/bin/python tests/fuzz_native.py $(or $(SECONDS),60)
+
+fuzz-portable: .venv/ready
+	SHARED=$(SHARED) .venv/bin/python tests/fuzz_native.py --portable $(or $(SECONDS),60)
 
 # The official WASI suite, by openat2 and without; real programs with the seconds they take.
 wasi:

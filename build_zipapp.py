@@ -22,8 +22,8 @@ DATE = (1980, 1, 1, 0, 0, 0)
 # The module is several code objects, so that nobody waits for what is not needed, nor has it in
 # memory. The first has a shim's commands, and what several of the others need; then the
 # daemon, a container's set-up, the engine, its native tier, system call filters, gRPC, what
-# few containers ask for, commands for people. Each is loaded at the first call of one of
-# the names, after those with the numbers.
+# few containers ask for, commands for people, the portable tier. Each is loaded at the first
+# call of one of the names, after those with the numbers.
 STAGES = (
     (("serve",), ()),
     (("container_child",), (1,)),
@@ -34,6 +34,7 @@ STAGES = (
     (("measure_cgroup", "mount_mapped", "mount_long", "start_logger", "make_user_namespace", "prepare_child", "plan_scheduling",
       "plan_mapping", "plan_time", "enter_cgroup", "start_scope"), (1,)),
     (("command_container", "command_image", "command_inspect"), (1, 2, 3, 4, 5, 6, 7)),
+    (("transcribe",), (3,)),
 )
 
 # Run by each Python, without the tables of columns, a third of the code. Reads the source from

@@ -15,18 +15,19 @@ module is checked and an instance is run by chapters 11 and 12.
   10  Store and instances     memories, tables, globals, linking (4.2, 4.5)
   11  Validation, translation one pass from bytes to basic blocks (3.3, A.3)
   12  Interpreter             the loop that executes blocks (4.4)
-  13  Processors              the C library, files' names; assemblers for x86-64 and aarch64
-  14  Native tier             hot functions as machine code; to be skipped at first
-  15  Reading and debugging   disassembly, offsets in backtraces, tracing, fuel
-  16  WASI                    preview 1: what a guest can do to the world
-  17  Linux                   system calls that os lacks, mounts, the event loop
-  18  OCI configuration       config.json to a list of set-up operations
-  19  Cgroups                 limits, metrics, killing (versions 1 and 2)
-  20  Container process       the operations, the payload, the guest's process
-  21  Task service            what containerd asks of a shim
-  22  Shim process            start, delete, the daemon, events
-  23  Without containerd      container, image, inspect
-  24  Command line            run, and everything above by name
+  13  Portable tier           hot functions as source of Python
+  14  Processors              the C library, files' names; assemblers for x86-64 and aarch64
+  15  Native tier             hot functions as machine code; to be skipped at first
+  16  Reading and debugging   disassembly, offsets in backtraces, tracing, fuel
+  17  WASI                    preview 1: what a guest can do to the world
+  18  Linux                   system calls that os lacks, mounts, the event loop
+  19  OCI configuration       config.json to a list of set-up operations
+  20  Cgroups                 limits, metrics, killing (versions 1 and 2)
+  21  Container process       the operations, the payload, the guest's process
+  22  Task service            what containerd asks of a shim
+  23  Shim process            start, delete, the daemon, events
+  24  Without containerd      container, image, inspect
+  25  Command line            run, and everything above by name
 """
 
 import _struct as struct
@@ -1769,30 +1770,37 @@ PLACES = {1: ("R[a]",), 2: ("R[a]", "R[b]"), 3: ("R[a]", "R[b[0]]", "R[b[1]]")}
 def numeric_handler(op):
     """The handler of a regular instruction without immediates, from the table's
     expression. Of three operands, the last two are slots in `b`."""
-    places, expression = PLACES[len(op.params)], op.meaning
+    source, value, names = numeric_source(op, PLACES[len(op.params)])
+    return remember(op, define(source + ["R[d] = " + value], **names))
+
+
+def numeric_source(op, places):
+    """A regular instruction on operands in `places` as (lines, what then is its value, what the names are
+    that it needs besides the numerics)."""
+    expression = op.meaning
     if ": " in expression:
-        return lanewise_handler(op, *expression.split(": "), places)
+        return lanewise_source(op, *expression.split(": "), places)
     names, source = {}, []
     for name, place in zip("xyz", places):
         names[name] = place
         if expression.count("{%s}" % name) > 1:
             source.append("%s = %s" % (name, place))
             names[name] = name
-    return remember(op, define(source + ["R[d] = " + expression.format(**names)]))
+    return source, expression.format(**names), {}
 
 
-def lanewise_handler(op, format, expression, places):
-    """The handler of a lane by lane operation, unrolled."""
+def lanewise_source(op, format, expression, places):
+    """The same of a lane by lane operation, unrolled."""
     source, _, target = format.partition(">")
     source, _, offset = source.partition("@")
-    unpack, pack = lanes(source)[0], lanes(target or source)[1]
+    target = target or source
     code, count = [], int(source[:-1])
     for name, place, type in zip("xyz", places, op.params):
         names = [name + str(lane) for lane in range(count)] if type == V128 else [name]
-        code.append("%s = %s" % (", ".join(names), "unpack(%s, %d)" % (place, int(offset or 0)) if type == V128 else place))
+        code.append("%s = %s" % (", ".join(names), "unpack_%s(%s, %d)" % (source, place, int(offset or 0)) if type == V128 else place))
     scalar = {name: name for name, type in zip("xyz", op.params) if type != V128}
     values = [expression.format(**{name: scalar.get(name, name + str(lane)) for name in "xyz"}) for lane in range(count)]
-    return remember(op, define(code + ["R[d] = pack(%s)" % ", ".join(values)], unpack=unpack, pack=pack))
+    return code, "pack_%s(%s)" % (target, ", ".join(values)), {"unpack_" + source: lanes(source)[0], "pack_" + target: lanes(target)[1]}
 
 
 # What the verbs of memory accesses and lane accesses do. {at} is the address and {rest}
@@ -1881,7 +1889,7 @@ def do_count(R, d, a, b):
     know when nothing is]; `d` says of a loop's head what a frame has there."""
     a[0] -= b
     if a[0] < 0:
-        a[-1].heat(a)
+        a[-1].heat(a, d)
 
 
 def do_select(R, d, a, b):
@@ -3000,12 +3008,12 @@ class Instance:
     start function raises."""
 
     __slots__ = ("module", "functions", "tables", "memories", "globals", "tags", "elements", "datas", "exports", "handlers",
-                 "context", "__weakref__")
+                 "context", "scope", "__weakref__")
 
     def __init__(self, module, imports=None):
         self.module = module
         self.handlers = {}          # opcode + (memory index << 32) -> handler of a memory access
-        self.context = None         # of its native code, if there is any
+        self.context = self.scope = None        # of its native code and its transcribed functions, if there are any
         spaces = {kind: [] for kind in EXTERN_KINDS}
         for item in module.imports:
             spaces[item.kind].append(resolve(module, item, imports or {}))
@@ -4461,7 +4469,907 @@ def translated(function):
     return function.entry
 
 
-# === 13. Processors ===========================================================
+# === 13. Portable tier ========================================================
+#
+# A compiler from chapter 11's basic blocks to Python source, for functions that are hot where
+# there is no native tier: on another processor, or where no mapping may be executed. It makes
+# them two to ten times as fast as the interpreter. What it cannot say in Python stays there,
+# function by function: exceptions, tail calls, aggregates.
+#
+# Values. A slot of the frame is a local variable: slot 5 is r5. An operand becomes part of
+# the expression that uses it. What may trap, or sees what others change, keeps its order, and a
+# line of Python has at most one such instruction, so that the line of a traceback tells which
+# one it was. Sums and the like are wrapped around only where somebody could see the difference.
+#
+# Control is recovered from the graph as in "Beyond Relooper" (Ramsey, ICFP 2022): a block that
+# one other leads to is written there; one that several lead to comes after the rest of what its
+# dominator dominates; a loop's head starts a `while True`. Where a block is not what comes next anyway,
+# another `while True`, around what is before it, lets `break` lead to it. A jump out of
+# several of these sets `s`, 0 otherwise, to say where to. CPython nests 20: where
+# that is too few, one `while True` looks at a number for what to do next.
+#
+# Calls are calls in Python. Their last argument, n, is their depth: what is called deeper than Python's
+# stack should become runs in the interpreter, which needs none.
+#
+# Tier-up is the native tier's: do_count counts, and a function that has executed about as much as
+# transcribing it costs becomes one step. If after that it is still running and executes as much
+# again, the loop where it is becomes a function of its own, which has the whole frame as parameters.
+
+class Unsupported(Exception):
+    """What a compiler cannot do, or not here: it stays in the interpreter."""
+
+
+SEAM_DEPTH = 40                     # what a call to the interpreter counts as; it takes some of C's stack
+OLD_DEPTH = 150                     # the same for all calls, before Python 3.11
+MAX_LOOPS = 18                      # nested whiles: CPython has 20
+MAX_IFS = 30                        # nested ifs: its tokenizer has 100 levels for both
+MAX_EXPRESSION = 300                # characters
+MAX_LINES = 50000
+TRANSCRIBE_COST = 600               # bytes to execute for each byte to transcribe …
+TRANSCRIBE_START = 120000           # … and once
+
+# Instructions that are no expressions in the table: which of a and b are slots, and an expression
+# or, with an =, a statement, where {A} and {B} are the others; None is the handler itself.
+IRREGULARS = {
+    do_move: ("a", "{0}"),
+    do_select: ("a b0 b1", "{0} if {2} else {1}"),
+    do_shuffle: ("a b0", None),
+    do_global_get: ("", "{A}.value"),
+    do_global_set: ("b", "{A}.value = {0}"),
+    do_ref_is_null: ("a", "{0} is None"),
+    do_ref_func: ("", "{A}.functions[{B}]"),
+    do_memory_size: ("", "{A}.pages"),
+    **dict.fromkeys((do_table_size, do_drop_segment), ("", None)),
+    **dict.fromkeys((do_table_callee, do_table_get, do_memory_grow), ("b", None)),
+    **dict.fromkeys((do_table_set, do_table_grow, do_table_fill, do_table_copy, do_table_init, do_memory_fill, do_memory_copy,
+                     do_memory_init), ("b*", None)),
+}
+# What can do with integers that are only equal modulo 2**N to what they ought to be.
+TOLERANT = ("add", "sub", "mul", "and", "or", "xor", "shl", "wrap_i64")
+TRAPPING = "div_", "rem_", "trunc_f"
+MASKS = {I32: MAX_U32, I64: MAX_U64}
+# Where there is a shorter way than the table's expression; an error of Python is a trap.
+REWRITTEN = {"i32.eqz": "not {x}", "i64.eqz": "not {x}", "f64.div": "{x} / {y} if {y} else fdiv({x}, {y})",
+             "f32.div": "to_f32({x} / {y} if {y} else fdiv({x}, {y}))"}
+for _type, _sign in ("i32.", "0x80000000"), ("i64.", "0x8000000000000000"):
+    REWRITTEN[_type + "div_u"], REWRITTEN[_type + "rem_u"] = "{x} // {y}", "{x} % {y}"
+    for _verb, _same, _other in (("lt_s", "<", ">"), ("le_s", "<=", ">"), ("gt_s", ">", "<"), ("ge_s", ">=", "<")):
+        REWRITTEN[_type + _verb] = "{x} %s {y} if ({x} < %s) == ({y} < %s) else {x} %s {y}" % (_same, _sign, _sign, _other)
+FAILURES = {ZeroDivisionError: "integer divide by zero", IndexError: "out of bounds memory access",
+            OverflowError: "out of bounds memory access", struct.error: "out of bounds memory access"}
+
+
+class Term:
+    """An operand as an expression of Python. `reads` are the slots in it; `at` is the offset of the
+    instruction in it that may trap or sees what others change, or None. What the value is equal to
+    is `text & mask`, unless mask is 0."""
+
+    __slots__ = ("text", "reads", "at", "mask")
+
+    def __init__(self, text, reads=(), at=None, mask=0):
+        self.text, self.reads, self.at, self.mask = text, reads, at, mask
+
+    @property
+    def inner(self):
+        """The text as a part of another expression."""
+        return self.text if self.text.isalnum() else "(%s)" % self.text
+
+    @property
+    def exact(self):
+        """The value's text, as a part of another expression."""
+        return "(%s & %d)" % (self.inner, self.mask) if self.mask else self.inner
+
+
+def wrapping(text, type, reads, at):
+    """An expression that may end with the mask of its type as a Term, without."""
+    mask = MASKS.get(type, 0)
+    suffix = " & 0x%X" % mask
+    return Term(text[:-len(suffix)], reads, at, mask) if text.endswith(suffix) else Term(text, reads, at)
+
+
+class Flow:
+    """The graph of blocks that an entry leads to, in reverse postorder, by number: `targets` of
+    each, `entering` edges, those of them that go `forward`, loops' `heads`; `kids` are the
+    blocks that several lead to, by their dominator; `size` is how many a block dominates."""
+
+    def __init__(self, entry):
+        self.blocks = blocks = postorder(entry)[::-1]
+        number = {id(block): index for index, block in enumerate(blocks)}
+        self.targets = [[number[id(target)] for target in targets_of(block)] for block in blocks]
+        count = len(blocks)
+        self.entering, self.forward, self.heads, self.size = [0] * count, [0] * count, set(), [1] * count
+        self.steps = 1000 * count + 100000
+        self.dominators = dominators = [None] * count
+        dominators[0] = 0
+        back = []
+        for index, targets in enumerate(self.targets):
+            for target in targets:
+                self.entering[target] += 1
+                if target <= index:
+                    self.heads.add(target)
+                    back.append((index, target))
+                else:
+                    self.forward[target] += 1
+                    known = dominators[target]
+                    dominators[target] = index if known is None else self.common(known, index)
+        for index, head in back:
+            if self.common(index, head) != head:
+                raise Unsupported("irreducible loop")
+        self.kids = [[] for _ in blocks]
+        for index in range(1, count):
+            if self.forward[index] > 1:
+                self.kids[dominators[index]].append(index)
+        for index in range(count - 1, 0, -1):
+            self.size[dominators[index]] += self.size[index]
+
+    def common(self, x, y):
+        """The nearest block that dominates both."""
+        dominators = self.dominators
+        while x != y:
+            x, y = (dominators[x], y) if x > y else (x, dominators[y])
+            self.steps -= 1
+            if self.steps < 0:
+                raise Unsupported("%d entangled blocks" % len(self.blocks))
+        return x
+
+    def shared(self, head):
+        """The blocks that `head` dominates, itself first, of those that have several edges entering."""
+        found, inside = [head], {head}
+        for index in range(head + 1, len(self.blocks)):
+            if self.dominators[index] in inside:
+                inside.add(index)
+                if self.entering[index] > 1:
+                    found.append(index)
+        return found
+
+
+def postorder(entry):
+    """The blocks that can be reached, each after those it leads to."""
+    order, seen, stack = [], {id(entry)}, [(entry, iter(targets_of(entry)))]
+    while stack:
+        block, rest = stack[-1]
+        for target in rest:
+            if id(target) not in seen:
+                seen.add(id(target))
+                stack.append((target, iter(targets_of(target))))
+                break
+        else:
+            order.append(block)
+            stack.pop()
+    return order
+
+
+def targets_of(block):
+    """The blocks that a block leads to, one for each edge."""
+    body, kind, x, y, z = block
+    if body and body[-1][0] is do_unreachable or kind == RETURN:
+        return []
+    if kind == BR:
+        return [x]
+    if kind == BR_IF:
+        return [x, z]
+    if kind == BR_TABLE:
+        return [target for _, target in label_runs(x)]
+    if kind in (CALL, CALL_REF) and not z[2]:
+        return [z[0]]
+    raise Unsupported("tail calls and handlers of exceptions")
+
+
+def label_runs(labels):
+    """The labels of a br_table as [(the first index, block)], runs of equal ones once."""
+    return [(index, block) for index, block in enumerate(labels) if not index or block is not labels[index - 1]]
+
+
+class While:
+    """A `while True` that is being written. `continue` leads to the blocks `again`, of which
+    `state`, if it has one, says which; `break` leads to the block `exit`, and `left` says that it
+    was written. `through` are the blocks for which `s` is set and the loop left."""
+
+    def __init__(self, again, exit, state=None):
+        self.again, self.exit, self.state, self.through, self.left = again, exit, state, [], False
+
+
+class Transcriber:
+    """Writes a function, from an entry or a loop's head on, as Python: `lines`, and
+    `offsets` of the instruction that each of them is about."""
+
+    def __init__(self, scope, function, locals, entry, parameters):
+        self.scope, self.function, self.parameters, self.is_whole = scope, function, parameters, entry is function.entry
+        self.base = len(locals)         # slots from here on are operands
+        self.constants = function.template[::-1]        # of slot -1 - index
+        self.flow = Flow(entry)
+        self.lines, self.offsets, self.depth = [], [], 1
+        self.pending = {}               # slot -> Term of an operand that is not written yet
+        self.loops, self.ifs, self.flat = [], 0, False
+        self.wrapped = set()            # blocks to which a `break` must lead
+        self.calls = self.jumps = False
+        self.writing, self.at = False, 0
+        self.tree(0, None)              # finds what is wrapped
+        self.writing = True
+        self.tree(0, None)
+
+    def source(self, name):
+        """The whole, as (text, offsets by line)."""
+        arity = len(self.function.type.params)
+        head = ["def %s(%s):" % (name, ", ".join(["r%d" % slot for slot in range(self.parameters)] + ["n"]))]
+        if self.is_whole:
+            zeros = {}
+            for slot, value in enumerate(self.function.template[:self.base - arity], arity):
+                zeros.setdefault(self.value(value), []).append("r%d = " % slot)
+            head += [" " + "".join(names) + text for text, names in zeros.items()]
+        if self.calls and self.is_whole:
+            head.append(" if n > %d: return deep(%s)" % (self.scope.limit, ", ".join(
+                [self.scope.name(self.function)] + ["r%d" % slot for slot in range(arity)])))
+        if self.jumps:
+            head.append(" s = 0")
+        return "\n".join(head + self.lines + [""]), [None] * len(head) + self.offsets
+
+    def emit(self, text, at=None):
+        if self.writing:
+            self.lines.append(" " * self.depth + text)
+            self.offsets.append(self.at if at is None else at)
+            if len(self.lines) > MAX_LINES:
+                raise Unsupported("too long")
+
+    # -- control --
+
+    def tree(self, x, follow):
+        """Writes a block and what it dominates, where what comes next is the block `follow`
+        (None: nothing may); returns whether control can get there."""
+        falls = False
+        while x is not None:
+            is_head, kids = x in self.flow.heads, self.flow.kids[x]
+            if self.flat:
+                x, falls = self.block(x, follow)
+            elif self.writing and len(self.loops) + is_head + sum(kid in self.wrapped for kid in kids) > MAX_LOOPS:
+                return self.dispatch(x, [x] + kids, follow)
+            elif is_head:
+                self.open(While({x}, follow))
+                self.rest(self.sequence(x, x), x)
+                return self.close()
+            else:
+                x, falls = self.sequence(x, follow)
+        return falls
+
+    def sequence(self, x, follow):
+        """Writes a block and then its kids; returns (the last one, which is left to be written,
+        or None; whether control gets to `follow`)."""
+        kids = self.flow.kids[x]
+        if not kids:
+            return self.block(x, follow)
+        wrapped = [kid for kid in kids if self.writing and kid in self.wrapped]
+        for kid in reversed(wrapped):
+            self.open(While((), kid))
+        falls = self.rest(self.block(x, kids[0]), kids[0])
+        for kid, following in zip(kids, kids[1:] + [follow]):
+            if kid in wrapped:
+                if falls:
+                    self.emit("break")
+                self.close()
+            if kid != kids[-1]:
+                falls = self.tree(kid, following)
+        return kids[-1], None
+
+    def rest(self, result, follow):
+        """Writes what sequence() or block() left."""
+        x, falls = result
+        return falls if x is None else self.tree(x, follow)
+
+    def dispatch(self, x, cases, follow):
+        """Writes blocks as cases of one loop; where the nesting is too deep for any more, all
+        that it dominates."""
+        flat = self.flat
+        if len(self.loops) >= MAX_LOOPS - 1:
+            self.flat, cases = True, self.flow.shared(x)
+        state = "k%d" % x
+        self.emit("%s = %d" % (state, x))
+        self.open(While(set(cases[x not in self.flow.heads:]), follow, state))
+
+        def write(index):
+            if index and not self.flat:
+                return self.tree(cases[index], None)
+            return self.rest(self.block(cases[index], None), None)
+        self.choose(state, cases, write)
+        self.flat = flat
+        return self.close()
+
+    def choose(self, name, starts, write, first=0):
+        """Writes a binary search for the last of `starts` that is not above a variable; write(its
+        index) writes what is to be done."""
+        if len(starts) == 1:
+            return write(first)
+        middle = len(starts) // 2
+        self.ifs += 1
+        falls = self.suite("if %s < %d:" % (name, starts[middle]), None, self.choose, name, starts[:middle], write, first)
+        falls |= self.suite("else:", None, self.choose, name, starts[middle:], write, first + middle)
+        self.ifs -= 1
+        return falls
+
+    def suite(self, head, at, write, *arguments):
+        """Writes a suite by a function; returns what that returns."""
+        self.emit(head, at)
+        self.depth += 1
+        start = len(self.lines)
+        result = write(*arguments)
+        if len(self.lines) == start:
+            self.emit("pass")
+        self.depth -= 1
+        return result
+
+    def open(self, loop):
+        self.loops.append(loop)
+        self.emit("while True:")
+        self.depth += 1
+
+    def close(self):
+        """Ends the innermost loop, and says where those jumps go on that left it for a place
+        farther out; returns whether any did for what comes next."""
+        loop = self.loops.pop()
+        if self.lines and self.lines[-1].endswith("while True:"):
+            self.emit("pass")
+        self.depth -= 1
+        outer = self.loops[-1] if self.loops else loop
+        for target in loop.through:
+            if target in outer.again or target == outer.exit:
+                self.emit("if s == %d:" % (target + 1))
+                self.depth += 1
+                self.emit("s = 0")
+                self.jump(target, None)
+                self.depth -= 1
+            elif target not in outer.through:
+                outer.through.append(target)
+        if not {*loop.through} <= {*outer.again, outer.exit}:
+            self.emit("if s: break")
+        return loop.left
+
+    def jump(self, target, follow):
+        """Goes to a block that is written elsewhere; returns whether by doing nothing."""
+        if target == follow:
+            return True
+        loop = self.loops[-1] if self.loops else None
+        if loop and target in loop.again:
+            if loop.state:
+                self.emit("%s = %d" % (loop.state, target))
+            self.emit("continue")
+        elif loop and target == loop.exit:
+            loop.left = True
+            self.emit("break")
+        elif any(target in outer.again or target == outer.exit for outer in self.loops):
+            self.emit("s = %d" % (target + 1))
+            self.emit("break")
+            self.jumps = True
+            if target not in loop.through:
+                loop.through.append(target)
+        elif self.writing:
+            raise Unsupported("no way to a block")      # which would be an error of the first round
+        else:
+            self.wrapped.add(target)
+        return False
+
+    def inlines(self, x, y):
+        """Whether block y is written where x goes to it: nobody else does."""
+        return y > x and (self.flow.entering if self.flat else self.flow.forward)[y] == 1
+
+    def arm(self, x, y, follow):
+        """Writes the way from block x to block y; returns whether control gets to `follow`."""
+        return self.tree(y, follow) if self.inlines(x, y) else self.jump(y, follow)
+
+    def onward(self, x, y, follow):
+        """The same as the last of what block x does; what is returned is for rest()."""
+        return (y, None) if self.inlines(x, y) else (None, self.jump(y, follow))
+
+    # -- blocks --
+
+    def block(self, x, follow):
+        """Writes a block; returns (the block to be written next, or None; whether control gets
+        to `follow`)."""
+        block, targets = self.flow.blocks[x], self.flow.targets[x]
+        kind = block[1]
+        if self.writing:
+            self.pending.clear()
+            self.steps(block[0])
+            if kind in (CALL, CALL_REF):
+                self.call(block)
+        if kind == BR_IF and targets:
+            return self.branch(x, block, targets, follow)
+        if kind == BR_TABLE and targets:
+            return self.switch(x, block, targets, follow)
+        if not self.writing:
+            pass
+        elif targets:
+            self.flush()
+        elif kind == RETURN:
+            self.return_(block[3])
+        return self.onward(x, targets[0], follow) if targets else (None, False)
+
+    def branch(self, x, block, targets, follow):
+        """Ends a block by an if: the lesser part is its suite, the other one comes behind."""
+        text, at = "", None
+        if self.writing:
+            condition, = self.operands((block[3],))
+            self.flush()
+            text, at = condition.exact if condition.mask else condition.text, condition.at
+        nested, other = targets
+        inner = follow if self.ifs < MAX_IFS else None
+        if self.weight(x, other, inner) < self.weight(x, nested, inner):
+            nested, other = other, nested
+            text = text[4:] if text.startswith("not ") else "not (%s)" % text
+        self.ifs += 1
+        falls = self.suite("if %s:" % text, at, self.arm, x, nested, inner)
+        if not falls:
+            result = self.onward(x, other, follow)
+        elif other == inner and not self.inlines(x, other):
+            result = None, True
+        else:
+            result = None, self.suite("else:", None, self.arm, x, other, inner) or falls
+        self.ifs -= 1
+        return result
+
+    def weight(self, x, y, follow):
+        """How little is to be written on the way from x to y."""
+        if self.inlines(x, y):
+            return 1 + self.flow.size[y]
+        return MAX_LINES if y == follow else 0
+
+    def switch(self, x, block, targets, follow):
+        """Ends a block by a br_table."""
+        if self.writing:
+            index, = self.operands((block[3],))
+            self.flush()
+            self.emit("i = " + index.exact, index.at)
+        inner = follow if self.ifs < MAX_IFS else None
+        starts = [start for start, _ in label_runs(block[2])]
+        return None, self.choose("i", starts, lambda run: self.arm(x, targets[run], inner))
+
+    def call(self, block):
+        _, kind, x, slots, (_, d, _, at, type) = block
+        terms = self.operands(slots, alone=True)
+        callee = self.scope.callee(x) if kind == CALL else "calls[%s]" % self.operand(x).text
+        self.calls |= kind == CALL_REF or not x.host
+        self.flush()
+        call = "%s(%s)" % (callee, ", ".join([term.exact for term in terms] + ["n + 1"]))
+        results = ", ".join("r%d" % (d + index) for index in range(len(type.results)))
+        self.emit("%s = %s" % (results, call) if results else call, at)
+
+    def return_(self, slots):
+        terms = self.operands(slots)
+        self.flush_impure()
+        self.emit("return " + ", ".join(term.exact for term in terms), place_of(terms))
+
+    # -- operands --
+
+    def operands(self, slots, names=(), alone=False):
+        """Takes operands as Terms. Those in the slots `names` become variables, and so does what may
+        trap: all of it where the instruction has to be `alone` in its line, else all but one."""
+        impure = [slot for slot in slots if self.is_impure(slot)]
+        for slot in impure if alone else impure[:-1]:
+            self.settle(slot)
+        for slot in names:
+            if slot in self.pending:
+                self.settle(slot)
+        return [self.operand(slot) for slot in slots]
+
+    def operand(self, slot):
+        if slot >= 0:
+            return self.pending.pop(slot, None) or Term("r%d" % slot, (slot,))
+        return Term(self.value(self.constants[-1 - slot]))
+
+    def value(self, value):
+        """A literal of Python, or a name."""
+        if value is None or value.__class__ in (int, bytes) or value.__class__ is float and -INFINITY < value < INFINITY:
+            return repr(value)
+        return self.scope.name(value)
+
+    def is_impure(self, slot):
+        return slot in self.pending and self.pending[slot].at is not None
+
+    def settle(self, slot):
+        """Writes a pending operand to its variable, after what is older and may not change places
+        with it."""
+        if self.is_impure(slot):
+            for other in list(self.pending):
+                if other == slot:
+                    break
+                if self.is_impure(other):
+                    self.write(other)
+        self.write(slot)
+
+    def write(self, slot):
+        self.assign(slot, self.pending.pop(slot))
+
+    def assign(self, slot, term):
+        """Writes a variable, after the operands that have its old value."""
+        for other in list(self.pending):
+            if other in self.pending and slot in self.pending[other].reads:
+                self.settle(other)
+        self.emit("r%d = %s" % (slot, term.exact if term.mask else term.text), term.at)
+
+    def define(self, d, term, now=False):
+        """The result of an instruction: a local is written, an operand kept, if not to be written `now`."""
+        if self.is_impure(d):
+            self.settle(d)              # it was dropped, and may trap
+        self.pending.pop(d, None)
+        if d >= self.base and not now and len(term.text) < MAX_EXPRESSION:
+            self.pending[d] = term
+            return
+        if term.at is not None:
+            self.flush_impure()
+        self.assign(d, term)
+
+    def flush_impure(self):
+        """Writes what must not come after what comes now."""
+        for slot in list(self.pending):
+            if self.is_impure(slot):
+                self.write(slot)
+
+    def flush(self):
+        """Writes all operands, for the blocks to come."""
+        for slot in list(self.pending):
+            if slot in self.pending:
+                self.settle(slot)
+
+    # -- instructions --
+
+    def steps(self, body):
+        for handler, d, a, b, at in body:
+            self.at = at
+            op = getattr(handler, "op", None)
+            if op is not None:
+                self.regular(op, handler, d, a, b, at)
+            elif handler is do_unreachable:
+                self.flush_impure()
+                self.emit("raise Trap('unreachable')", at)
+            elif handler in IRREGULARS:
+                self.irregular(handler, d, a, b, at)
+            elif handler is not do_count:
+                raise Unsupported(handler.__name__)
+
+    def irregular(self, handler, d, a, b, at):
+        spec, text = IRREGULARS[handler]
+        places = places_of(spec, a, b)
+        slots = [slot for _, slot in places]
+        if text is None:
+            return self.by_handler(handler, d, a, b, at, places)
+        if handler is do_ref_is_null and a in self.pending:
+            self.settle(a)              # br_on_null keeps it
+        if handler is do_select:
+            for slot in slots[:2]:      # one of them is not evaluated
+                if self.is_impure(slot):
+                    self.settle(slot)
+        terms = self.operands(slots, alone=d is None)
+        at = at if "{A}" in text else place_of(terms)
+        if handler is do_move:
+            return self.define(d, terms[0])
+        text = text.format(*[term.exact for term in terms], A="{A}" in text and self.scope.name(a), B=b)
+        if d is None:
+            self.flush_impure()
+            return self.emit(text, at)
+        self.define(d, Term(text, reads_of(terms), at))
+
+    def by_handler(self, handler, d, a, b, at, places):
+        """Lets the interpreter's handler do it, on a frame of its operands."""
+        terms = self.operands([slot for _, slot in places], alone=True)
+        for number, (place, _) in enumerate(places, 1):
+            if place == "a":
+                a = number
+            elif place == "b":
+                b = number
+            else:
+                b = tuple(b[:place]) + (number,) + tuple(b[place + 1:])
+        self.flush_impure()
+        text = "act(%s)" % ", ".join([self.scope.name(handler), self.value(a), self.value(b)] + [term.exact for term in terms])
+        if d is None:
+            return self.emit(text, at)
+        self.define(d, Term(text, (), at), True)
+
+    def regular(self, op, handler, d, a, b, at):
+        """An instruction from a row of the table."""
+        verb = op.meaning.split()[0]
+        if verb == "load":
+            return self.load(op, handler, d, a, b, at)
+        if verb == "store":
+            return self.store(op, handler, -d, a, b, at)
+        if "memarg" in op.immediates:
+            spec = "a" if op.shape == LOAD else "a " + " ".join("b%d" % place for place in range(1, len(b) - ("lane" in op.immediates)))
+        elif "lane" in op.immediates:
+            spec = "a" if b.__class__ is int else "a b0"
+        else:
+            slots = (a, *b) if op.shape == IRREGULAR else (a, b)[:op.shape]
+            return (self.vector if V128 in op.params + op.results else self.numeric)(op, d, slots, at)
+        self.by_handler(handler, d, a, b, at, places_of(spec, a, b))
+
+    def vector(self, op, d, slots, at):
+        """An instruction on vectors, which takes several lines."""
+        lines, value, names = numeric_source(op, [term.exact for term in self.operands(slots, alone=True)])
+        self.scope.names.update(names)
+        self.scope.provide(value)
+        for line in lines:
+            self.emit(line)
+        self.define(d, Term(value), True)
+
+    def numeric(self, op, d, slots, at):
+        verb, expression = op.name.partition(".")[2], REWRITTEN.get(op.name, op.meaning)
+        traps, tolerates = verb.startswith(TRAPPING), verb in TOLERANT
+        terms = self.operands(slots, [slot for slot, letter in zip(slots, "xy") if expression.count("{%s}" % letter) > 1], traps)
+        text = expression.format(**{letter: term.inner if tolerates else term.exact for letter, term in zip("xy", terms)})
+        self.scope.provide(expression)
+        at = at if traps else place_of(terms)
+        if text.startswith("to_f32("):
+            self.flush_impure()         # rounding is done by a cell of that type
+            self.emit("F[0] = " + text[7:-1], at)
+            return self.define(d, Term("F[0]"), True)
+        result = wrapping(text, op.results[0], reads_of(terms), at)
+        if tolerates and any(term.mask for term in terms):
+            result.mask = MASKS[op.results[0]]
+        self.define(d, result)
+
+    def address(self, term, offset, handler):
+        """What a load or store starts with: the memory's view and the address."""
+        return self.scope.memory(handler.memory), "%s + %d" % (term.exact, offset) if offset else term.exact
+
+    def load(self, op, handler, d, a, offset, at):
+        _, letter, *rest = op.meaning.split(None, 2)
+        term, = self.operands((a,), alone=True)
+        place = self.address(term, offset, handler)
+        if letter == "f":               # C's conversion makes a signalling NaN quiet
+            self.flush_impure()
+            self.emit("t = " + place[1])
+            self.define(d, Term("%s(%s, t)[0]" % (self.scope.access("load", "f"), place[0]), at=at), True)
+            self.scope.provide("f32_from_bits(")
+            return self.emit("if r%d != r%d: r%d = f32_from_bits(%s(%s, t)[0])" % (d, d, d, self.scope.access("load", "I"), place[0]))
+        text = "%s[%s]" % place if letter == "B" else "%s(%s, %s)[0]" % (self.scope.access("load", letter), *place)
+        self.define(d, wrapping(" ".join([text] + rest), op.results[0], term.reads, at))
+
+    def store(self, op, handler, offset, a, b, at):
+        _, letter, *rest = op.meaning.split(None, 2)
+        address, value = self.operands((a, b), (b,) if letter == "f" else (), True)
+        place, text = self.address(address, offset, handler), " ".join([value.inner] + rest) if rest else value.exact
+        self.flush_impure()
+        if letter == "B":
+            self.emit("%s[%s] = " % place + text, at)
+        elif letter == "f":
+            self.scope.provide("f32_bits(")
+            self.emit("if %s == %s: %s(%s, %s, %s)" % (text, text, self.scope.access("store", "f"), *place, text), at)
+            self.emit("else: %s(%s, %s, f32_bits(%s))" % (self.scope.access("store", "I"), *place, text), at)
+        else:
+            self.emit("%s(%s, %s, %s)" % (self.scope.access("store", letter), *place, text), at)
+
+
+def reads_of(terms):
+    return tuple([slot for term in terms for slot in term.reads])
+
+
+def place_of(terms):
+    """The offset of the instruction in operands that may trap, of which there is at most one."""
+    return next((term.at for term in terms if term.at is not None), None)
+
+
+def places_of(spec, a, b):
+    """What of a and b are slots, as [(where, slot)], where is "a", "b", or an index in b."""
+    places = []
+    for word in spec.split():
+        if word == "b*":
+            places += enumerate(b)
+        else:
+            places.append((word, a if word == "a" else b) if len(word) == 1 else (int(word[1:]), b[int(word[1:])]))
+    return places
+
+
+# -- what transcribed functions run in --
+
+def act(handler, a, b, *values):
+    """Executes a step of the interpreter on operands in the slots from 1 on."""
+    R = [None, *values]
+    try:
+        handler(R, 0, a, b)
+    except struct.error:                # of a memory access
+        raise out_of_bounds("memory") from None
+    return R[0]
+
+
+class Callees(dict):
+    """{function: what calls it, with the depth as last argument}, made at first use."""
+
+    def __init__(self, scope):
+        self.scope = scope
+
+    def __missing__(self, function):
+        if function is None:
+            raise Trap("null function reference")
+        call = self[function] = self.scope.called(function)
+        return call
+
+
+class Scope:
+    """The globals of an instance's transcribed functions, `names`: f3 is a function, m0 a memory's
+    view, o5 another thing. `depth` is how deep Python's calls were where the interpreter was
+    entered; at `limit`, blocks are `chilled`: nothing enters transcribed functions. `blocks` are
+    [(block that enters one, its contents, its contents in the interpreter)], `offsets`
+    {id of a code object: (Function, offsets by line)}."""
+
+    def __init__(self, instance):
+        self.depth, self.chilled, self.blocks, self.offsets = 0, False, [], {}
+        self.limit = sys.getrecursionlimit() // 2 if sys.version_info >= (3, 11) else OLD_DEPTH
+        self.calls = Callees(self)
+        self.names = {"act": act, "deep": self.deep, "calls": self.calls, "Trap": Trap,
+                      "F": memoryview(bytearray(4)).cast("f")}
+        self.known = {}                 # (kind of name, id) -> name of a thing that `names` keeps alive
+
+    def name(self, thing, prefix="o", value=None):
+        """The name of a thing, or of what stands for it."""
+        key = prefix, id(thing)
+        name = self.known.get(key)
+        if name is None:
+            name = self.known[key] = "%s%d" % (prefix, len(self.known))
+            self.names[name] = thing if value is None else value
+        return name
+
+    def callee(self, function):
+        """The name of what calls a function."""
+        self.name(function)             # keeps it alive
+        return self.name(function, "f", self.calls[function])
+
+    def memory(self, memory):
+        """The name of a memory's view."""
+        if ("m", id(memory)) not in self.known:
+            self.name(memory)
+            name = self.name(memory, "m", memory.view)
+            memory.observers.append(lambda memory: self.names.update({name: memory.view}))
+        return self.known["m", id(memory)]
+
+    def access(self, verb, letter):
+        """The name of a function that loads or stores."""
+        name = "%s_%s" % (verb, letter)
+        if name not in self.names:
+            access = struct.Struct("<" + letter)
+            self.names[name] = access.unpack_from if verb == "load" else access.pack_into
+        return name
+
+    def provide(self, expression):
+        """Makes the functions known that an expression of the table calls."""
+        for piece in expression.split("(")[:-1]:
+            name = piece[len(piece.rstrip("abcdefghijklmnopqrstuvwxyz_0123456789")):]
+            if name in globals():
+                self.names[name] = globals()[name]
+
+    # -- calls of what is not transcribed --
+
+    def called(self, function):
+        """What calls a function that is not transcribed."""
+        if function.host:
+            is_single = len(function.type.results) == 1
+
+            def call(*values):
+                results = function.call(*values[:-1])
+                return results[0] if is_single else results
+        else:
+            def call(*values):
+                return self.interpret(function, values[:-1], values[-1] + SEAM_DEPTH)
+        return call
+
+    def interpret(self, function, values, depth):
+        """Calls a function in the interpreter; returns its result or a list of them."""
+        saved, self.depth = self.depth, depth
+        try:
+            results = execute(function, list(values))
+        finally:
+            self.depth = saved
+        return results[0] if len(results) == 1 else results
+
+    def deep(self, function, *values):
+        """Calls a function where Python's stack is deep enough."""
+        if self.chilled:
+            return self.interpret(function, values, self.limit)
+        self.chill()
+        try:
+            return self.interpret(function, values, self.limit)
+        finally:
+            self.warm()
+
+    def chill(self):
+        """Lets nothing enter what was transcribed."""
+        self.chilled = True
+        for block, _, cold in self.blocks:
+            block[:] = cold
+
+    def warm(self):
+        self.chilled = False
+        for block, hot, _ in self.blocks:
+            block[:] = hot
+
+    # -- errors --
+
+    def explained(self, error):
+        """What an exception that left transcribed functions is for the guest, with them in its backtrace."""
+        trace, frames, code = error.__traceback__.tb_next, [], None
+        while trace is not None and trace.tb_frame.f_code is not execute.__code__:
+            code = self.offsets.get(id(trace.tb_frame.f_code))
+            if code:
+                function, offsets = code
+                at = offsets[trace.tb_lineno - 1]
+                if at is not None:      # else it went deeper in the interpreter, which tells
+                    frames.append((function, function.body.start + at))
+            trace = trace.tb_next
+        if trace is None and code and error.__class__ in FAILURES:
+            error = Trap(FAILURES[error.__class__])
+        elif error.__class__ is RecursionError:
+            error = Exhaustion("call stack exhausted")
+        if hasattr(error, "backtrace"):
+            error.backtrace += tuple(reversed(frames))
+        return error
+
+
+def do_enter_python(R, d, a, b):
+    """A transcribed function, or the rest of one from a loop's head on; `b` is how much of the
+    frame it takes."""
+    scope, run, is_single = a
+    try:
+        results = run(*R[:b], scope.depth)
+    except BaseException as error:
+        raise scope.explained(error) from None
+    R[:] = (results,) if is_single else results or ()
+
+
+def transcribe(function, locals, place=None):
+    """Writes a translated function as Python, and makes the interpreter enter it from now on; or
+    only the rest of it from a place on, (loop's head, types of the operands there). Raises
+    Unsupported, or SyntaxError where Python finds it too complex."""
+    scope = function.instance.scope
+    if scope is None:
+        scope = function.instance.scope = Scope(function.instance)
+    scope.chill()
+    try:
+        block, count = (place[0], len(locals) + len(place[1])) if place else (function.entry, len(function.type.params))
+        text, offsets = Transcriber(scope, function, locals, block, count).source("function")
+        found = {}
+        exec(compile(text, "<function %d>" % function.index, "exec", dont_inherit=True), scope.names, found)
+        run = found["function"]
+        scope.offsets[id(run.__code__)] = function, offsets     # equal code is not the same
+        if not place:
+            scope.callee(function)
+            scope.calls[function] = scope.names[scope.callee(function)] = run
+        results, (body, *end) = range(len(function.type.results)), block
+        hot = [[(do_enter_python, None, (scope, run, len(results) == 1), count, None)], RETURN, None, results,
+               (None, 0, None, None)]       # it adds itself to backtraces
+        scope.blocks.append((block, hot, [body[1:], *end]))
+    finally:
+        scope.warm()
+
+
+class PortableTier:
+    """Decides what is transcribed: all if the mode is "portable", else what is hot."""
+
+    def __init__(self, mode):
+        self.mode = mode
+
+    def budget(self, function):
+        return TRANSCRIBE_START + TRANSCRIBE_COST * (function.body.end - function.body.start)
+
+    def counter(self, function, locals):
+        """What the steps of a function count down."""
+        return [-1 if self.mode == "portable" else self.budget(function), function, locals, self]
+
+    def heat(self, counter, place=None):
+        """A function has executed as much as its counter says: it is transcribed, and if then it
+        still goes on as much, the loop where it is."""
+        _, function, locals, _ = counter
+        counter[0] = self.budget(function)
+        if function.instance.scope and function.instance.scope.chilled:
+            return
+        is_new = function.entry[0] and function.entry[0][0][0] is do_count
+        if not is_new and place is None:
+            return
+        try:
+            transcribe(function, locals, None if is_new else place)
+        except (Unsupported, SyntaxError, RecursionError, MemoryError):
+            if is_new:
+                counter[0] = 1 << 60    # it stays in the interpreter
+            else:
+                body = place[0][0]
+                body[0] = do_count, place, [1 << 60], 0, body[0][4]     # not from this head
+
+
+# === 14. Processors ===========================================================
 #
 # The C library by name, names of files, and what the native tier wants of a processor: two
 # classes with the same methods, each of which appends one operation to `code`. Registers are the processor's numbers, of
@@ -4614,10 +5522,6 @@ libc = Libc()
 pack_i32 = struct.Struct("<i").pack
 COMMUTATIVE = ("add", "and", "or", "xor")
 SMALL_ENDS = 128                        # ends of accesses that are compared in one step
-
-
-class Unsupported(Exception):
-    """This function stays in the interpreter, or all of them."""
 
 
 STORE_BITS = {"i32.store": 32, "i64.store": 64, "i32.store8": 8, "i32.store16": 16, "i64.store8": 8, "i64.store16": 16,
@@ -6124,7 +7028,7 @@ def logical_immediate(value, bits):
     return None
 
 
-# === 14. Native tier ==========================================================
+# === 15. Native tier ==========================================================
 #
 # A compiler from chapter 11's basic blocks to machine code, for functions that are
 # hot. Nothing here is needed to run a program: what this chapter cannot compile, or
@@ -7996,7 +8900,7 @@ def function_address(callback):
 ASSEMBLERS = {assembler.machine: assembler for assembler in (X64, A64)}
 
 
-MODES = ("auto", "native", "interpreter")
+MODES = ("auto", "native", "portable", "interpreter")
 NATIVE_MACHINES = "x86_64", "aarch64"
 
 
@@ -8018,7 +8922,7 @@ class Tier:
             budget //= VECTOR_COST
         return [budget if self.mode == "auto" else -1, function, locals, self]
 
-    def heat(self, counter):
+    def heat(self, counter, place=None):
         """A function has executed as much as its counter says."""
         if Tier.machine is None and self.mode == "auto" and self.credit > 0:
             self.credit -= COMPILE_START
@@ -8029,7 +8933,9 @@ class Tier:
         try:
             compile_function(self.ready(), function, locals)
         except (Unsupported, OSError, MemoryError):
-            pass                        # it stays in the interpreter
+            if Tier.refusal and self.mode == "auto":
+                counter[-1] = PortableTier(self.mode)       # there is no native code at all
+                counter[0] = counter[-1].budget(function)
 
     @staticmethod
     def ready():
@@ -8085,25 +8991,28 @@ def do_enter_loop(R, d, a, b):
 
 def choose_tier(mode):
     """What Module.tier is to be for a mode."""
-    return Tier(mode) if mode != "interpreter" and os.uname().machine in NATIVE_MACHINES else None
+    if mode in ("interpreter", "native") and os.uname().machine not in NATIVE_MACHINES or mode == "interpreter":
+        return None
+    return Tier(mode) if mode != "portable" and os.uname().machine in NATIVE_MACHINES else PortableTier(mode)
 
 
 def native_status():
     """Whether hot functions are compiled here, for people."""
-    if Module.tier is None:
-        return "no: %s" % ("CHIBISHIM_TIER says so" if os.uname().machine in NATIVE_MACHINES else
-                           "no assembler for " + os.uname().machine)
-    try:
-        Tier.ready()
-    except Unsupported as error:
-        return "no: %s" % error
-    return "yes, %s" % os.uname().machine
+    tier = Module.tier
+    if tier.__class__ is Tier:
+        try:
+            Tier.ready()
+        except Unsupported as error:
+            return "no: %s%s" % (error, "; hot functions become Python" if tier.mode == "auto" else "")
+        return "yes, %s" % os.uname().machine
+    return "no: %s%s" % ("CHIBISHIM_TIER says so" if os.uname().machine in NATIVE_MACHINES else "no assembler for " + os.uname().machine,
+                         "; hot functions become Python" if tier else "")
 
 
 Module.tier = choose_tier(environment("CHIBISHIM_TIER", "auto"))
 
 
-# === 15. Reading and debugging ================================================
+# === 16. Reading and debugging ================================================
 #
 # Bodies as text, and what goes on while they run. The disassembler reads the rows of
 # INSTRUCTIONS and writes the text format (chapter 6 of the specification): what it
@@ -8442,7 +9351,7 @@ def backtrace_of(trap):
 MAX_BACKTRACE = 32
 
 
-# === 16. WASI =================================================================
+# === 17. WASI =================================================================
 #
 # WASI preview 1: 46 functions over the guest's memory. In: the arguments, the
 # environment, the preopened directories and listening sockets that the caller grants;
@@ -9537,7 +10446,7 @@ def printable(text):
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-# === 17. Linux ================================================================
+# === 18. Linux ================================================================
 #
 # What the shim asks of the kernel and Python's `os` does not have: mounts, mount
 # tables, paths inside a container, processes, and an event loop. The loop is the
@@ -9908,7 +10817,7 @@ def log_exception():
         log(line)
 
 
-# === 18. OCI configuration ====================================================
+# === 19. OCI configuration ====================================================
 #
 # config.json (OCI runtime specification 1.3) in, a list of set-up operations out.
 # Nothing here touches the system: what will be done to it can be read, and tested,
@@ -11047,7 +11956,7 @@ class Filter:
         return self.emit(BPF_LOAD, offset)
 
 
-# === 19. Cgroups ==============================================================
+# === 20. Cgroups ==============================================================
 #
 # A container's control group: one directory in the unified hierarchy (cgroups(7),
 # version 2), or one in each hierarchy of version 1, or both on a hybrid system.
@@ -11877,10 +12786,10 @@ def buffer_address(memory, _ctypes):
     return _ctypes.addressof(byte.from_buffer(memory))
 
 
-# === 20. Container process ====================================================
+# === 21. Container process ====================================================
 #
 # The child of the shim that becomes the container: it carries out the plan of
-# chapter 18, looks at its payload, says "ready" and waits for Start on a pipe. The
+# chapter 19, looks at its payload, says "ready" and waits for Start on a pipe. The
 # shim's death closes the pipe and the kernel kills the child (PR_SET_PDEATHSIG), so
 # no half-made container outlives its shim. What the child sends on the status pipe:
 # b"R" (all is mounted: the shim's hooks, please), b"L" (no program is here: is it a layer
@@ -12926,7 +13835,7 @@ TIOCSCTTY, TIOCSWINSZ, TIOCGPTPEER = 0x540E, 0x5414, 0x5441
 SCM_RIGHTS = 1
 
 
-# === 21. Task service =========================================================
+# === 22. Task service =========================================================
 #
 # containerd.task.v2.Task (v3 is the same) for any number of containers in one shim.
 # A handler is a method with the call's name; it takes the decoded request and returns
@@ -14625,7 +15534,7 @@ def run_hooks_here(container, point, pid):
         check_hook(hook, point, code if in_time else None, errors)
 
 
-# === 22. Shim process =========================================================
+# === 23. Shim process =========================================================
 #
 # containerd runs the shim as a command: `start` makes the socket, leaves a daemon
 # behind that serves it, and prints the address; `delete` cleans up after a container,
@@ -15257,7 +16166,7 @@ def remove_dead_socket(bundle, flags):
             probe.close()
 
 
-# === 23. Without containerd ===================================================
+# === 24. Without containerd ===================================================
 #
 # What a person with a terminal and no containerd needs: to run a module in a real
 # container by driving the shim as containerd would, to make an image of it, to look
@@ -15625,7 +16534,7 @@ def describe(module, path):
         yield "custom  %-8d %s" % (end - start, name)
 
 
-# === 24. Command line =========================================================
+# === 25. Command line =========================================================
 #
 # For people without containerd and for readers. Options end at the module, what
 # follows is the guest's, as with `wasmtime run`.
@@ -15645,8 +16554,8 @@ run [OPTION…] MODULE [ARGUMENT…]         run a module as an ordinary process
   --trace                    write each instruction and its operands to stderr, as it is executed
   --fuel N                   trap after N instructions (of a basic block, all at its start)
   --timeout SECONDS          trap after this time
-  --tier auto|native|interpreter   compile what is hot, everything, or nothing
-                             (default: the environment's CHIBISHIM_TIER, or auto)
+  --tier auto|native|portable|interpreter   compile what is hot, all, all to Python, or
+                             nothing (default: the environment's CHIBISHIM_TIER, or auto)
 
 container [OPTION…] MODULE [ARGUMENT…]   run it in a container, as root or without
   --dir HOST[::GUEST]        mount a directory (at GUEST, an absolute path)

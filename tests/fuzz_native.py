@@ -1,8 +1,8 @@
-"""Generates valid modules and runs each in the interpreter and as machine code: results,
+"""Generates valid modules and runs each in the interpreter and as machine code, or as Python: results,
 traps and their backtraces, memories, tables, globals and calls of the host must be equal.
 
-    python tests/fuzz_native.py [SECONDS [SEED]]
-    python tests/fuzz_native.py --one SEED
+    python tests/fuzz_native.py [--portable] [SECONDS [SEED]]
+    python tests/fuzz_native.py [--portable] --one SEED
 
 A module is made from its seed alone, so a seed repeats a finding; --one also writes the
 module to the temporary directory. Modules run in child processes: a crash is a finding.
@@ -28,7 +28,7 @@ from fuzz import sized, unsigned
 
 import chibishim
 from chibishim import (FUNCREF, I32, I64, F32, F64, V128, FunctionType, Global, GlobalType, HostFunction, Instance, Memory, Module, Table,
-                       Thrown, Tier, Trap, Unsupported, execute_any)
+                       PortableTier, Thrown, Tier, Trap, Unsupported, execute_any)
 
 MODULES_OF_A_WORKER = 200       # memory for code is never given back
 HANG_SECONDS = 20
@@ -680,6 +680,20 @@ class Impatient(Tier):
         return counter
 
 
+class ImpatientPortable(PortableTier):
+    """The same with Python."""
+
+    def __init__(self):
+        super().__init__("auto")
+
+    def budget(self, function):
+        return 60
+
+
+# Each tier in two ways: all functions from the first call on, and while they run.
+TIERS = {"native": (lambda: Tier("native"), Impatient), "portable": (lambda: PortableTier("portable"), ImpatientPortable)}
+
+
 def plain(type, value):
     """A value, comparable and printable."""
     if type in (F32, F64):
@@ -749,15 +763,15 @@ class Run:
     def compiled(self):
         """(functions compiled, functions translated)"""
         own = [f for one in self.instances for f in one.functions if not f.host and f.entry]
-        native = sum(bool(f.entry[0]) and f.entry[0][0][0] is chibishim.do_enter for f in own)
-        return native, len(own)
+        enter = chibishim.do_enter, chibishim.do_enter_python
+        return sum(bool(f.entry[0]) and f.entry[0][0][0] in enter for f in own), len(own)
 
 
 def plain_results(function, values):
     return [plain(type, value) for type, value in zip(function.type.results, values or ())]
 
 
-def difference(seed, made=None):
+def difference(seed, tier, made=None):
     """What differs for this seed, as a text, or None; and how much was compiled."""
     made = made or Made(seed)
     choose = random.Random(~seed)
@@ -768,14 +782,13 @@ def difference(seed, made=None):
         for index in range(len(made.imports), len(made.functions)):
             calls.append((choose.randrange(2), index, [argument(choose, letter) for letter in made.functions[index][0]]))
     logs, compiled = {}, (0, 0)
-    for mode in ("interpreter", "native", "impatient"):
-        tier = {"interpreter": None, "native": Tier("native"), "impatient": Impatient()}[mode]
-        run = Run(made, tier)
+    for mode, make in zip(("interpreter", tier, "impatient"), (lambda: None, *TIERS[tier])):
+        run = Run(made, make())
         for which, index, arguments in calls:
             instance = run.instances[which % len(run.instances)]
             run.call(instance, instance.functions[index], arguments)
         logs[mode] = run.log
-        if mode == "native":
+        if mode == tier:
             compiled = run.compiled()
         if logs[mode] != logs["interpreter"]:
             return describe(mode, logs["interpreter"], logs[mode]), compiled
@@ -793,7 +806,7 @@ def describe(mode, expected, got):
     return "%d entries, %s %d" % (len(expected), mode, len(got))
 
 
-def work(first, last, progress, pipe):
+def work(first, last, tier, progress, pipe):
     """The child: tries seeds, and writes what it finds to the pipe."""
     Tier.machine, Tier.refusal = None, None
     chibishim.SWEEP = 0             # references are looked for at nearly every callback
@@ -803,7 +816,7 @@ def work(first, last, progress, pipe):
     for seed in range(first, last):
         progress[:8] = seed.to_bytes(8, "little")
         try:
-            found, compiled = difference(seed)
+            found, compiled = difference(seed, tier)
         except Exception:
             found, compiled = traceback.format_exc()[-2000:], (0, 0)
         totals = [sum(pair) for pair in zip(totals, compiled)]
@@ -814,7 +827,7 @@ def work(first, last, progress, pipe):
     os.write(pipe, pickle.dumps((seed + 1 - first, findings[:5], totals)))
 
 
-def attempt(first, last, until):
+def attempt(first, last, tier, until):
     """Tries seeds in a child process until then: (modules tried, [(seed, finding)], [compiled, of])."""
     progress = mmap.mmap(-1, mmap.PAGESIZE)
     progress[8] = 1
@@ -825,7 +838,7 @@ def attempt(first, last, until):
         status = 1
         try:
             os.close(reader)
-            work(first, last, progress, writer)
+            work(first, last, tier, progress, writer)
             status = 0
         finally:
             os._exit(status)
@@ -853,13 +866,13 @@ def attempt(first, last, until):
     return pickle.loads(data)
 
 
-def fuzz(seconds, seed, modules=1 << 60):
+def fuzz(seconds, seed, tier="native", modules=1 << 60):
     """Runs for so long or for so many modules; returns (modules tried, findings, [compiled, of])."""
     tried, findings, totals = 0, [], [0, 0]
     until = time.monotonic() + seconds
     while time.monotonic() < until and tried < modules:
         first = seed + tried
-        count, found, compiled = attempt(first, first + min(MODULES_OF_A_WORKER, modules - tried), until)
+        count, found, compiled = attempt(first, first + min(MODULES_OF_A_WORKER, modules - tried), tier, until)
         tried += count
         findings += found
         totals = [sum(pair) for pair in zip(totals, compiled)]
@@ -878,7 +891,11 @@ def refused():
 
 
 def main(arguments):
-    if refused():
+    tier = "native"
+    if arguments[:1] == ["--portable"]:
+        tier = "portable"
+        del arguments[0]
+    if tier == "native" and refused():
         print("*** SKIPPED: %s" % refused())
         return 0
     if arguments[:1] == ["--one"]:
@@ -889,14 +906,14 @@ def main(arguments):
             made = Made(seed)
             file.write(made.data)
         print(file.name, flush=True)
-        found, compiled = difference(seed, made)
+        found, compiled = difference(seed, tier, made)
         print(found or "no difference", "; compiled %d of %d functions" % compiled)
         return 1 if found else 0
     seconds = float(arguments[0]) if arguments else 10
     seed = int(arguments[1]) if len(arguments) > 1 else random.randrange(1 << 32)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("seed %d" % seed)
-    tried, findings, (compiled, functions) = fuzz(seconds, seed)
+    tried, findings, (compiled, functions) = fuzz(seconds, seed, tier)
     for number, text in findings[:10]:
         print("seed %d:\n%s" % (number, text))
     print("%d modules, %d of %d functions compiled, %d findings" % (tried, compiled, functions, len(findings)))

@@ -1,4 +1,4 @@
-"""Chapter 20: what security.md asks of a container's process (N), seen from inside and from outside."""
+"""Chapter 21: what security.md asks of a container's process (N), seen from inside and from outside."""
 
 import json
 import os

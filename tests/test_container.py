@@ -1,4 +1,4 @@
-"""Chapters 18 to 21: what becomes of config.json, of cgroups and of the container's process."""
+"""Chapters 19 to 22: what becomes of config.json, of cgroups and of the container's process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Chapters 21 and 22: what security.md asks of the socket (T), a task's life (L) and the process (P), through a real shim."""
+"""Chapters 22 and 23: what security.md asks of the socket (T), a task's life (L) and the process (P), through a real shim."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Chapter 15 and its options: disassembly, offsets in backtraces, --trace, --fuel, --timeout."""
+"""Chapter 16 and its options: disassembly, offsets in backtraces, --trace, --fuel, --timeout."""
 
 import os
 import re

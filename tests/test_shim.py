@@ -1,4 +1,4 @@
-"""Chapters 21 and 22 without containerd: the shim's commands and its service, called as containerd calls them."""
+"""Chapters 22 and 23 without containerd: the shim's commands and its service, called as containerd calls them."""
 
 import glob
 import json

@@ -1,4 +1,4 @@
-"""Chapter 16: WASI functions called as a guest calls them, and guests in processes of their own."""
+"""Chapter 17: WASI functions called as a guest calls them, and guests in processes of their own."""
 
 import errno
 import os
