@@ -16156,7 +16156,10 @@ def remove_dead_socket(bundle, flags):
             if probe.recv(1):
                 return                  # it lives, for other containers
         except ConnectionRefusedError:
-            os.unlink(path)
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass                    # by the `delete` of another container of the pod
             return
         except (ConnectionResetError, BrokenPipeError):
             pass                        # closed with the last one that had it: refused from now on

@@ -1033,8 +1033,9 @@ def _(box):
     id = box.start("sleep 1001 & echo ready; wait")
     client = box.popen(box.ctr_words("task", "exec", "--exec-id", "x", id, "sh", "-c", "echo ready; sleep 1002"))
     client.stdout.readline()
-    pids = [pid for pid, words in processes() if words[:2] in (["sleep", "1001"], ["sleep", "1002"])]
-    same(len(pids), 2, "number of sleepers")
+    sleepers = lambda: [pid for pid, words in processes() if words[:2] in (["sleep", "1001"], ["sleep", "1002"])]
+    until(lambda: len(sleepers()) == 2, "two sleepers")
+    pids = sleepers()
     os.kill(box.shim(), signal.SIGKILL)
     until(lambda: not any(map(state_of, pids)), "their end")
 

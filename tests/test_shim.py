@@ -1090,6 +1090,21 @@ def test_delete_removes_a_dead_socket_whose_address_was_not_written(bundle, monk
     assert not os.path.exists(path)
 
 
+def test_another_delete_may_remove_the_dead_socket_first(bundle, monkeypatch):
+    "L4: the containers of a pod are cleaned up at the same time"
+    path = os.path.join(bundle.directory, "s")
+    socket.socket(socket.AF_UNIX).bind(path)
+    chibishim.write_text(os.path.join(bundle.path, "address"), "unix://" + path)
+    unlink = os.unlink
+
+    def unlink_twice(path):
+        unlink(path)
+        unlink(path)
+    monkeypatch.setattr(chibishim.os, "unlink", unlink_twice)
+    chibishim.remove_dead_socket(bundle.path, {})
+    assert not os.path.exists(path)
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_delete_leaves_the_socket_of_a_shim_that_answers_and_only_that(bundle, alive):
     "L4, L12: a child that a dead shim had just forked holds its socket for a moment"
