@@ -312,8 +312,10 @@ class FunctionMaker:
         elif kind < 0.82 and self.local(letter) is not None:
             self.value(letter, depth - 1)
             self.emit("local.tee", self.local(letter))
-        elif kind < 0.86 and letter == "i":
+        elif kind < 0.85 and letter == "i":
             self.odd_integer(depth - 1)
+        elif kind < 0.865 and letter in "iI":
+            self.chain(letter, depth - 1)
         elif kind < 0.88 and letter == "v":
             self.values("vv", depth - 1)
             lanes = [choose.randrange(32) for _ in range(16)] if choose.random() < 0.5 else [
@@ -430,6 +432,26 @@ class FunctionMaker:
             self.value("r", depth)
             self.i32(self.choose.randrange(3))
             self.emit("table.grow", 0)
+
+    def chain(self, letter, depth):
+        """Integer instructions in a row, from one width to the other: each sees what the one before it left above its bits."""
+        choose, names = self.choose, {"i": "i32.", "I": "i64."}
+        now = choose.choice("iI")
+        self.value(now, depth)
+        for _ in range(choose.randrange(2, 7)):
+            if choose.random() < 0.25:
+                self.emit("i32.wrap_i64" if now == "I" else choose.choice(("i64.extend_i32_s", "i64.extend_i32_u")))
+                now = "i" if now == "I" else "I"
+            elif choose.random() < 0.15:
+                self.emit(names[now] + choose.choice(("extend8_s", "extend16_s") + ("extend32_s",) * (now == "I")))
+            else:
+                if choose.random() < 0.5:
+                    self.leaf(now)
+                else:
+                    self.code += self.module.constant(now)
+                self.emit(names[now] + choose.choice(("add", "sub", "mul", "and", "or", "xor", "shl", "shr_u", "shr_s", "rotl")))
+        if now != letter:
+            self.emit("i32.wrap_i64" if now == "I" else choose.choice(("i64.extend_i32_s", "i64.extend_i32_u")))
 
     # -- statements --
 
