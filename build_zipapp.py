@@ -41,8 +41,9 @@ STAGES = (
 # stdin; prints the magic number and the sizes, then the code objects. A statement of the
 # module belongs to the one stage whose names lead, by the names in it, to what it defines
 # or puts something into; where several do, to the last that comes before them all. One
-# that defines nothing belongs where all is that it names. A name in a string counts where it
-# is called: the table of instructions has such expressions.
+# that defines nothing belongs where all is that it names. Imports come first: when a container's
+# process loads the engine, it no longer sees Python's files. A name in a string counts
+# where it is called: the table of instructions has such expressions.
 COMPILE = """
 import ast, dis, importlib.util, marshal, re, sys
 stages = [(("main",), ())] + list(ast.literal_eval(sys.argv[1]))
@@ -90,7 +91,7 @@ for uses, names_here in zip(used, defined):
     for name in names_here:
         leads[name] |= uses & everything
 reached = [closure(roots) for roots, _ in stages]
-places = [place(names) if names else None for names in defined]
+places = [0 if isinstance(body[i], (ast.Import, ast.ImportFrom)) else place(names) if names else None for i, names in enumerate(defined)]
 home = {name: places[i] for i in range(len(body)) for name in defined[i]}
 for i, names in enumerate(defined):
     if not names:

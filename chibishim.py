@@ -15669,8 +15669,11 @@ def group_of(id, bundle="."):
 
 def socket_path(directory, address, namespace, group):
     """As containerd's own shims name it, so that one group finds one socket."""
-    import _sha256
-    digest = _sha256.sha256(normal_path("/".join((address, namespace, group))).encode()).hexdigest()
+    try:
+        from _sha2 import sha256        # CPython 3.12 and later
+    except ImportError:
+        from _sha256 import sha256
+    digest = sha256(normal_path("/".join((address, namespace, group))).encode()).hexdigest()
     path = join_path(directory, digest)
     if len(path) > MAX_SOCKET_PATH:
         raise ContainerError("socket path %s is longer than %d bytes" % (path, MAX_SOCKET_PATH))
@@ -16662,6 +16665,8 @@ def main(argv):
     program = name_of(argv[0])
     words = argv[1:]
     try:
+        if sys.version_info < (3, 10):
+            raise UsageError("this takes CPython 3.10 or later, and is run by %s" % sys.version.split()[0])
         if not words or words[0] in ("--help", "-h", "help") or "--help" in words[1:2]:
             sys.stdout.write(USAGE % program)
             return 0 if words else 2
