@@ -5386,8 +5386,7 @@ class PortableTier:
 
 FILE_ENCODING = sys.getfilesystemencoding()
 SEEK_SET, SEEK_CUR, SEEK_END = range(3)
-S_IFMT, S_IFIFO, S_IFCHR, S_IFDIR, S_IFBLK, S_IFREG, S_IFLNK, S_IFSOCK = (
-    0o170000, 0o010000, 0o020000, 0o040000, 0o060000, 0o100000, 0o120000, 0o140000)     # inode(7)
+S_IFMT, S_IFDIR, S_IFREG = 0o170000, 0o040000, 0o100000        # inode(7)
 
 
 def environment(name, default=None):
@@ -5431,6 +5430,7 @@ def normal_path(path):
 
 
 def absolute_path(path):
+    """The same path from the root, by the working directory."""
     return normal_path(join_path(os.getcwd(), path))
 
 
@@ -5447,7 +5447,7 @@ def real_path(path):
 
 
 def file_type(path):
-    """S_IFREG and so on of what is there, 0 if nothing is."""
+    """S_IFREG and so on of what a path leads to, 0 if that is nothing."""
     try:
         return os.stat(path).st_mode & S_IFMT
     except (OSError, ValueError):
@@ -5455,14 +5455,17 @@ def file_type(path):
 
 
 def exists(path):
+    """Whether a path leads to anything."""
     return file_type(path) != 0
 
 
 def is_directory(path):
+    """Whether a path leads to a directory."""
     return file_type(path) == S_IFDIR
 
 
 def is_file(path):
+    """Whether a path leads to a regular file."""
     return file_type(path) == S_IFREG
 
 
@@ -8365,6 +8368,7 @@ class Layout:
 
 
 def do_throw(R, d, a, b):
+    """THROW as a step; a = tag, or None to throw R[b[0]] again; b = slots of its values"""
     throw(a, [R[slot] for slot in b])
 
 
