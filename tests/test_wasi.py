@@ -1039,6 +1039,21 @@ def test_a_closed_pipe_ends_the_guest_as_any_command(ours, tmp_path):
     assert process.stderr.read() == b"" and process.wait(20) == -signal.SIGPIPE
 
 
+def wait_asleep(pid):
+    """Until a process that has run sleeps for half a second: proc_pid_stat(5)."""
+    before, since = None, time.monotonic()
+    deadline = since + 20
+    while time.monotonic() < deadline:
+        with open("/proc/%d/stat" % pid) as file:
+            words = file.read().rpartition(") ")[2].split()
+        now = words[0], words[11:13]
+        if now != before or words[0] != "S" or words[11] == "0":
+            before, since = now, time.monotonic()
+        elif time.monotonic() - since > 0.5:
+            return
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("name", ["cat", "sleep"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_blocking_call(ours, tmp_path, name, number):
@@ -1049,7 +1064,7 @@ def test_a_signal_ends_a_blocking_call(ours, tmp_path, name, number):
         process.stdin.flush()
         assert process.stdout.read(1) == b"x"
     else:
-        time.sleep(0.5)
+        wait_asleep(process.pid)
     process.send_signal(number)
     assert process.wait(20) == -number and process.stderr.read() == b""
 
