@@ -4573,7 +4573,7 @@ class Flow:
     blocks that several lead to, by their dominator; `size` is how many a block dominates."""
 
     def __init__(self, entry):
-        self.blocks = blocks = postorder(entry)[::-1]
+        self.blocks = blocks = postorder(entry, targets_of)[::-1]
         number = {id(block): index for index, block in enumerate(blocks)}
         self.targets = [[number[id(target)] for target in targets_of(block)] for block in blocks]
         count = len(blocks)
@@ -4623,8 +4623,8 @@ class Flow:
         return found
 
 
-def postorder(entry):
-    """The blocks that can be reached, each after those it leads to."""
+def postorder(entry, targets_of):
+    """The blocks that can be reached, each after those that targets_of(block) says it leads to."""
     order, seen, stack = [], {id(entry)}, [(entry, iter(targets_of(entry)))]
     while stack:
         block, rest = stack[-1]
@@ -7220,23 +7220,8 @@ class Compiler:
 
     def order_blocks(self):
         """Reverse postorder; what a branch falls through to comes last of its successors, and
-        so first after it. Empty blocks that only go on are passed over."""
-        entry = self.function.entry
-        self.blocks, self.successors = [], []
-        numbers, order, stack = {}, [], [(entry, iter(self.targets(entry)))]
-        numbers[id(entry)] = 0
-        while stack:
-            block, rest = stack[-1]
-            for target in rest:
-                if id(target) not in numbers:
-                    numbers[id(target)] = 0
-                    stack.append((target, iter(self.targets(target))))
-                    break
-            else:
-                order.append(block)
-                stack.pop()
-        order.reverse()
-        self.blocks = order
+        so first after it."""
+        self.blocks = order = postorder(self.function.entry, self.targets)[::-1]
         self.number = {id(block): index for index, block in enumerate(order)}
         self.successors = [[self.number[id(t)] for t in self.successors_of(block)] for block in order]
         ends = {}                       # loop's head -> its last block

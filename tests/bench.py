@@ -188,12 +188,15 @@ def served_by(daemon):
     return sorted(shims | {pid for pid, (parent, _) in parents.items() if parent in shims})
 
 
+SLEEPERS = (                            # title, image, runtime, command
+    ("runc, native sleep", "native", RUNC, ("/bin/busybox", "sleep", "1000")),
+    ("this shim, sleeping module", "guest", RUNTIME, ("/guest.wasm", "z")))
+
+
 def part_memory(images, count=10):
     daemon = images.daemon
     print("\nwhole PSS of %d sleeping containers, shims included" % count)
-    for title, image, runtime, words in (
-            ("runc, native sleep", "native", RUNC, ("/bin/busybox", "sleep", "1000")),
-            ("this shim, sleeping module", "guest", RUNTIME, ("/guest.wasm", "z"))):
+    for title, image, runtime, words in SLEEPERS:
         for number in range(count):
             daemon.ctr("run", "-d", "--runtime", runtime, "bench/%s:latest" % image, "m%d" % number, *words, check=True)
         time.sleep(1)
@@ -205,9 +208,7 @@ def part_pods(images, count=10):
     """Containers of one pod, which share a shim: what each one but the first costs."""
     daemon = images.daemon
     print("\n%d containers of a pod; each but the first" % count)
-    for title, image, runtime, words in (
-            ("runc, native sleep", "native", RUNC, ("/bin/busybox", "sleep", "1000")),
-            ("this shim, sleeping module", "guest", RUNTIME, ("/guest.wasm", "z"))):
+    for title, image, runtime, words in SLEEPERS:
         times, sizes = [], []
         for number in range(count):
             times.append(clock(lambda: daemon.ctr(

@@ -11,7 +11,7 @@ import pytest
 
 import fuzz_native
 from conftest import ROOT
-from test_native import ENDLESS, MUTUAL, TRAPS, outcome, run_script, spinning
+from test_native import ENDLESS, MUTUAL, TRAPS, check_trap, outcome, run_script, spinning
 from test_native import STAYS as NOT_NATIVE
 
 import chibishim
@@ -59,25 +59,7 @@ def both(wat, tier, text, export, *arguments):
 
 @pytest.mark.parametrize("name", TRAPS)
 def test_a_trap_has_the_interpreter_s_text_and_backtrace(wat, tier, name):
-    text = """(module (import "h" "f" (func $host)) (type $i (func (result i32)))
-      (memory 1) (table 4 funcref) (elem (i32.const 0) $outer) (data "")
-      (func $culprit (param i32) (result i32) (local i64 f64) (local.set 1 (i64.const 5)) %s)
-      (func $middle (param i32 f64 i32) (result i32)
-        (if (local.get 0) (then (return (call $middle (i32.sub (local.get 0) (i32.const 1)) (local.get 1) (local.get 2)))))
-        (i32.add (i32.const 1) (call $culprit (local.get 2))))
-      (func $outer (export "f") (param i32) (result i32) (i32.sub (call $middle (i32.const 3) (f64.const 1) (local.get 0)) (i32.const 2))))""" % TRAPS[name]
-
-    def fail():
-        raise Trap("of the host")
-    outcomes = []
-    for mode in ("interpreter", "portable"):
-        tier(mode)
-        instance = Instance(Module(wat(text)), {"h": {"f": fail}})
-        outcomes.append(outcome(instance.exports["f"], 0))
-    assert all(map(is_transcribed, instance.functions[1:]))
-    assert outcomes[0] == outcomes[1]
-    kind, message, backtrace = outcomes[0]
-    assert name.startswith(message) and len(backtrace) == 6
+    check_trap(wat, tier, name, "portable", is_transcribed)
 
 
 def test_of_two_traps_the_first_is_told(wat, tier):
