@@ -13866,6 +13866,7 @@ REFUSALS = {
 DRAIN_STALL_S, DRAIN_MAX_S = 0.5, 10
 LOGGER_READY_S, LOGGER_END_S = 10, 12
 COPY_BYTES = 65536
+PIECES_IN_A_ROW = 16                    # then others have their turn: a flood of output stalls nobody
 
 
 def timestamp(seconds):
@@ -14034,12 +14035,16 @@ class Stdio:
 
     def copy_stdin(self, loop):
         """Client to process, until the end of file that CloseIO makes possible."""
+        pieces = 0
         while self.stdin >= 0 and self.sink >= 0:
             try:
                 data = os.read(self.stdin, COPY_BYTES)
                 if not data:
                     break
                 yield from self.write_all("sink", data)
+                pieces += 1
+                if not pieces % PIECES_IN_A_ROW:
+                    yield None, 0
             except BlockingIOError:
                 yield readable(self.stdin)
             except OSError:
@@ -14051,10 +14056,14 @@ class Stdio:
 
     def copy_terminal(self, loop):
         """Terminal to client; EIO says that the last process closed its side: pty(7)."""
+        pieces = 0
         while self.master >= 0:
             try:
                 data = os.read(self.master, COPY_BYTES)
                 yield from self.write_all("output", data)
+                pieces += 1
+                if not pieces % PIECES_IN_A_ROW:
+                    yield None, 0
             except BlockingIOError:
                 yield readable(self.master)
             except OSError:
@@ -15851,10 +15860,10 @@ class Shim:
         while True:
             if len(connection.out) > MAX_UNSENT_BYTES:
                 yield connection.drained, None
+            yield readable(connection.fd)       # even if more is there: what it asked for goes first
             try:
                 data = os.read(connection.fd, COPY_BYTES)
             except BlockingIOError:
-                yield readable(connection.fd)
                 continue
             except OSError:
                 data = b""

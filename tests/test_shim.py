@@ -1121,3 +1121,32 @@ def test_delete_leaves_the_socket_of_a_shim_that_answers_and_only_that(bundle, a
         threading.Timer(0.2, holder.close).start()
     assert bundle.command("delete").returncode == 0
     assert os.path.exists(path) == alive
+
+
+@needs_busybox
+@pytest.mark.parametrize("terminal", [False, True], ids=["stdin", "terminal"])
+def test_a_flood_through_the_shim_stalls_nobody(bundle, terminal):
+    "T7"
+    shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs"))
+    bundle.config["process"].update(args=["/busybox", "yes"] if terminal else ["/busybox", "dd", "of=/dev/null", "bs=1M"], terminal=terminal)
+    source = os.path.join(bundle.path, "stdin")
+    os.mkfifo(source)
+    bundle.output = "/dev/null"
+    bundle.start().create(terminal=terminal, stdin="" if terminal else source)
+    bundle.call("Start")
+    flood = None if terminal else subprocess.Popen(["/bin/busybox", "dd", "if=/dev/zero", "of=" + source, "bs=1M"], stderr=subprocess.DEVNULL)
+    try:
+        times = []
+        for _ in range(40):
+            began = time.monotonic()
+            assert bundle.call("State")["status"] == chibishim.RUNNING
+            times.append(time.monotonic() - began)
+            time.sleep(0.01)
+    finally:
+        bundle.call("Kill", signal=9)
+        bundle.call("Wait")
+        bundle.call("Delete")
+        if flood:
+            flood.kill()
+            flood.wait()
+    assert sorted(times)[30] < 0.02
