@@ -53,7 +53,8 @@ class Soak:
                       "late victim": self.late_victim, "guest": self.guest, "client": self.client}
         self.count = 0
         self.failures = []
-        self.unborn = set()             # ids whose shim died before containerd knew it, and so called no `delete`
+        self.unborn = set()             # ids whose shim may have died before containerd knew it, and so called no `delete`
+        self.disturbed = False          # containerd is killed in this batch: what a client says tells nothing
 
     def start_pod(self):
         """The container whose shim is everybody's who joins."""
@@ -81,7 +82,7 @@ class Soak:
         """SIGKILL of any process that starts, serves or becomes the container, at any moment."""
         client = self.begin(id, *options)
         self.kill_one(id)
-        if b"failed to start shim" in client.communicate(timeout=60)[1]:
+        if b"failed to start shim" in client.communicate(timeout=60)[1] or self.disturbed:
             self.unborn.add(id)
         self.remove(id)
 
@@ -153,8 +154,9 @@ class Soak:
         for _ in range(size):
             self.count += 1
             jobs.append(("%s%d" % (PREFIX, self.count), self.random.choice(list(self.kinds))))
+        self.disturbed = restart
         ids = [id for id, _ in jobs]
-        threads = [threading.Thread(target=self.work, args=(jobs, restart)) for _ in range(WORKERS)]
+        threads = [threading.Thread(target=self.work, args=(jobs,)) for _ in range(WORKERS)]
         for thread in threads:
             thread.start()
         if restart:
@@ -170,7 +172,7 @@ class Soak:
             raise Leak("\n".join(self.failures))
         self.check(ids)
 
-    def work(self, jobs, disturbed):
+    def work(self, jobs):
         """A thread: cycles until there are none left."""
         while jobs:
             try:
@@ -180,7 +182,7 @@ class Soak:
             try:
                 self.kinds[kind](id)
             except (Leak, OSError, subprocess.SubprocessError) as error:
-                if not disturbed:
+                if not self.disturbed:
                     self.failures.append("%s (%s): %s" % (id, kind, error))
 
     def check(self, ids):

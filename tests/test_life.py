@@ -71,7 +71,10 @@ class Containerd:
                     if not refusal:
                         name = envelope["event"]["type_url"].rpartition(".")[2]
                         self.events.append((envelope["topic"], decode(name, envelope["event"]["value"])))
-                    peer.sendall(chibishim.error_frame(stream, *refusal) if refusal else chibishim.response_frame(stream, b""))
+                    try:
+                        peer.sendall(chibishim.error_frame(stream, *refusal) if refusal else chibishim.response_frame(stream, b""))
+                    except BrokenPipeError:
+                        return              # a shim that was killed
 
     def topics(self, id=None):
         """What was heard, of one container or all: the last word of each topic; of an exec with its id."""
