@@ -26,8 +26,8 @@ DATE = (1980, 1, 1, 0, 0, 0)
 # call of one of the names, after those with the numbers.
 STAGES = (
     (("serve",), ()),
-    (("container_child",), (1,)),
-    (("warm_up", "Module", "native_status", "run_command", "command_run"), ()),
+    (("container_child", "load_child"), (1,)),
+    (("load_engine", "Module", "native_status", "run_command", "command_run"), ()),
     (("Machine", "compile_function"), (3,)),
     (("plan_seccomp",), (1,)),
     (("send_module",), (1,)),

@@ -9710,7 +9710,7 @@ class Wasi:
 
     def imports(self):
         """The imports' namespace: {name: HostFunction}."""
-        return {name: self.host_function(name, letters) for name, letters in WASI_FUNCTIONS.items()}
+        return WasiFunctions(self)
 
     def host_function(self, name, letters):
         """The HostFunction of a method; the errno is its result."""
@@ -10162,6 +10162,17 @@ class Wasi:
         self.socket(number, "sock_shutdown", lambda socket: socket.shutdown(shutdown_how(how)))
 
 
+class WasiFunctions(dict):
+    """{name: HostFunction} of a Wasi; each is made when a module asks for it, and few do for many."""
+
+    def __init__(self, wasi):
+        self.wasi = wasi
+
+    def __missing__(self, name):
+        self[name] = function = self.wasi.host_function(name, WASI_FUNCTIONS[name])
+        return function
+
+
 class WasiUnstable(Wasi):
     """wasi_unstable, the snapshot before preview 1: the same functions with another order
     of whence, a shorter filestat and a longer subscription."""
@@ -10312,7 +10323,7 @@ RECURSION_LIMIT = 20000                 # of Python's frames; where guests nest 
 EXIT_TRAP = 134                         # 128 + SIGABRT, as an aborted program
 
 
-def warm_up():
+def load_engine():
     """Nothing; but in the archive, the first call of this loads all that guests need."""
 
 
@@ -12873,7 +12884,7 @@ def do_cgroup(setup):
     """Waits until the shim has moved us into the cgroup, which may take as long as all that we do
     meanwhile. A cgroup namespace shows what is below the group that its maker is in."""
     if setup.cgroup and not setup.adopted and not setup.pid:
-        warm_up()
+        load_engine()
         await_shim(setup)
     if setup.later:
         libc.unshare(setup.later)
@@ -13724,6 +13735,10 @@ def reset_signals():
             except (OSError, ValueError):
                 pass
     _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+
+
+def load_child():
+    """Nothing; but in the archive, the first call of this loads all that containers' processes need."""
 
 
 def container_child(process, steps, setup, stdio, terminal):
@@ -14683,10 +14698,11 @@ class TaskService:
         return {"pid": container.init.pid}
 
     def warm_up(self):
-        """Loads the engine here: the pod's next guests share its pages."""
+        """Loads here what a guest's process needs: the pod's next guests share its pages."""
         import gc
         self.is_warm = True
-        warm_up()
+        load_child()
+        load_engine()
         gc.freeze()
 
     def set_up(self, container, rootfs_mounts, options):
