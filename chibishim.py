@@ -10791,11 +10791,15 @@ def write_all(fd, data, deadline=None):
     return True
 
 
+def local_socket():
+    import _socket
+    return _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+
+
 def connect_to(path):
     """A non-blocking descriptor of a connection to a local socket: accepted or refused at once, also
     where too many wait."""
-    import _socket
-    peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    peer = local_socket()
     peer.setblocking(False)
     try:
         peer.connect(path)
@@ -13858,6 +13862,7 @@ TASK_METHODS = {                        # method -> (request, response)
     "CloseIO": ("CloseIORequest", "Empty"), "Update": ("UpdateTaskRequest", "Empty"),
     "Wait": ("WaitRequest", "WaitResponse"), "Stats": ("StatsRequest", "StatsResponse"),
     "Connect": ("ConnectRequest", "ConnectResponse"), "Shutdown": ("ShutdownRequest", "Empty"),
+    "Expect": ("StateRequest", "Empty"),            # not containerd's: from our own `start`
 }
 # (method, state of the process) that are refused; what is not here is allowed.
 REFUSALS = {
@@ -14642,6 +14647,7 @@ class TaskService:
         self.containers = {}
         self.children = {}              # pid -> function(wait status)
         self.vacant = Event()           # the last container has gone
+        self.expected = {}              # id -> until when a Create of it is waited for
         self.runs_wasm = self.is_warm = False           # whether a container was a Wasm one, and the engine is loaded
         self.stop = False
 
@@ -14665,6 +14671,7 @@ class TaskService:
 
     def Create(self, request):
         id = request["id"]
+        self.expected.pop(id, None)
         if self.stop:
             raise RpcError(UNAVAILABLE, "the shim is shutting down")
         if id in self.containers:
@@ -14678,6 +14685,7 @@ class TaskService:
         container = Container(id, request["bundle"])
         container.init = Process("", Stdio(request))
         self.containers[id] = container
+        keep_log(container.bundle)
         try:
             yield from self.set_up(container, request["rootfs"], runtime_options([request["options"]]))
         except Exception as error:      # a defect of this module too leaves nothing behind
@@ -15181,9 +15189,24 @@ class TaskService:
     def Checkpoint(self, request):
         raise RpcError(UNIMPLEMENTED, "checkpoint is not supported: a Wasm engine's state is not for CRIU")
 
+    def Expect(self, request):
+        """A `start` has found this shim for a container; the end of another must not end it before Create
+        comes. A shim that stops does not answer: its socket has gone, or will have when the connection ends."""
+        if self.stop:
+            yield Event(), None
+        if not valid_id(request["id"]):
+            raise RpcError(INVALID_ARGUMENT, "container id %r" % request["id"][:100])
+        self.expected[request["id"]] = time.monotonic() + EXPECT_S
+        return {}
+
+    def is_wanted(self):
+        """Whether there is a container, or one is expected."""
+        now = time.monotonic()
+        self.expected = {id: until for id, until in self.expected.items() if until > now}
+        return bool(self.containers or self.expected)
+
     def Shutdown(self, request):
-        if not self.containers:
-            self.stop = True
+        self.stop = not self.is_wanted()
         return {}
 
     def reap(self):
@@ -15566,7 +15589,8 @@ SHIM_SWITCHES = ("debug", "info", "v", "version")
 FEATURES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 UNUSED_EXIT_S = 300                     # so long without a container: containerd has forgotten us
 BUNDLE_CHECK_S = 2
-PROBE_S = 1
+PROBE_S, JOIN_S = 1, 10
+EXPECT_S = 30                           # so long after `start` at most containerd calls Create
 FLUSH_S = 3
 EVENT_TIMEOUT_S = 5
 MAX_EVENTS = 2048
@@ -15673,12 +15697,13 @@ def enter_cgroup(path):
 
 
 def group_of(id, bundle="."):
-    """What containers share a shim by: an annotation in the bundle, or the container's own id."""
+    """What containers share a shim by: an annotation in the bundle, or CHIBISHIM_GROUP in containerd's
+    environment, or else the container's own id."""
     try:
         annotations = read_config(bundle).get("annotations") or {}
     except (ContainerError, ConfigError):
         return id                       # Create will say what is wrong with it
-    return next((annotations[name] for name in GROUP_ANNOTATIONS if annotations.get(name)), id)
+    return next((annotations[name] for name in GROUP_ANNOTATIONS if annotations.get(name)), environment("CHIBISHIM_GROUP") or id)
 
 
 def socket_path(directory, address, namespace, group):
@@ -15694,43 +15719,89 @@ def socket_path(directory, address, namespace, group):
     return path
 
 
-def listen(path):
-    """A listening socket at the path; None if a live shim has it."""
-    import _socket
+class Lock:
+    """A `with` statement's lock on a directory: flock(2). A socket that is bound and does not listen yet
+    looks like a dead shim's, and it takes two steps to see and to remove one."""
+
+    def __init__(self, directory):
+        self.fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __enter__(self):
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
+
+    def __exit__(self, *exception):
+        os.close(self.fd)
+
+
+def listen(path, id):
+    """A listening socket at the path; None if a live shim has it, which then waits for the container."""
     make_directories(directory_of(path), 0o700)
     for _ in range(3):
-        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        with Lock(directory_of(path)):
+            peer = connect_alive(path)
+            if not peer:
+                return bind_and_listen(path)
         try:
-            before = os.umask(0o177)
-            try:
-                listener.bind(path)
-            finally:
-                os.umask(before)
-            listener.listen(128)
-            return listener
-        except OSError as error:
-            listener.close()
-            if error.errno != errno.EADDRINUSE:
-                raise
-        probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-        try:
-            probe.connect(path)
-            return None
-        except OSError:
-            try:
-                os.unlink(path)         # a dead shim's
-            except FileNotFoundError:
-                pass
-        finally:
-            probe.close()
+            if answers(peer, JOIN_S, "Expect", encode("StateRequest", {"id": id})):
+                return None
+        except TimeoutError:
+            raise ContainerError("socket %s: the shim that has it does not answer" % path) from None
     raise ContainerError("socket %s: somebody else keeps taking it" % path)
+
+
+def unlink_if_there(path):
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def bind_and_listen(path):
+    listener = local_socket()
+    before = os.umask(0o177)
+    try:
+        listener.bind(path)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(before)
+    listener.listen(128)
+    return listener
+
+
+def connect_alive(path):
+    """A connection to the shim that has a socket; None if it is dead, whose socket is removed, or there is none."""
+    peer = local_socket()
+    try:
+        peer.connect(path)
+        return peer
+    except FileNotFoundError:
+        pass
+    except ConnectionRefusedError:
+        unlink_if_there(path)
+    peer.close()
+    return None
+
+
+def answers(peer, seconds, method, payload):
+    """Whether a shim takes a call, whatever it says (an older one knows not every method); False if it has
+    just ended, TimeoutError if it does nothing."""
+    try:
+        peer.settimeout(seconds)
+        peer.sendall(request_frame(1, TASK_SERVICES[0], method, payload))
+        return bool(peer.recv(1))
+    except (ConnectionResetError, BrokenPipeError):
+        return False
+    finally:
+        peer.close()
 
 
 def shim_start(flags):
     """start: the address on stdout, a daemon behind it."""
     params, options = bootstrap(flags, read_all(0))
     path = socket_path(params.get("socket_dir") or SOCKET_DIRECTORY, flags["address"], flags["namespace"], group_of(flags["id"]))
-    listener = listen(path)
+    listener = listen(path, flags["id"])
     if listener:
         try:
             cgroup = runtime_options(options).get("shim_cgroup")
@@ -15782,6 +15853,17 @@ def serve(flags, listener, path, bundle):
     Shim(flags, listener, path, bundle).serve()
 
 
+def keep_log(bundle):
+    """Goes on in this bundle's log, if nobody reads the last one: the container that it came with has gone."""
+    try:
+        if not has_reader(2):
+            fd = os.open(join_path(bundle, "log"), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.dup2(fd, 2)
+            os.close(fd)
+    except OSError:
+        pass                            # there is none
+
+
 class Shim:
     """The daemon: sockets on one side, the task service on the other."""
 
@@ -15815,10 +15897,7 @@ class Shim:
         gc.collect()
         gc.freeze()                     # children share these pages for good
         self.loop.run(lambda: self.tasks.stop)
-        try:
-            os.unlink(self.path)
-        except FileNotFoundError:
-            pass
+        unlink_if_there(self.path)
         self.listener.close()
         deadline = time.monotonic() + FLUSH_S
         self.loop.spawn(pause_until(deadline))
@@ -15839,7 +15918,7 @@ class Shim:
                 seconds = 0
             yield None, BUNDLE_CHECK_S
             seconds += BUNDLE_CHECK_S
-            if not self.tasks.containers and (seconds >= UNUSED_EXIT_S or not exists(self.bundle)):
+            if not self.tasks.is_wanted() and (seconds >= UNUSED_EXIT_S or not exists(self.bundle)):
                 self.tasks.stop = True
 
     def reap(self, wake):
@@ -16160,30 +16239,17 @@ def kill_process(pid):
 def remove_dead_socket(bundle, flags):
     """The daemon's socket, if the daemon is dead. Its address may not have been written yet, and a
     child that it had just forked may hold the socket for a moment, but will not answer."""
-    import _socket
     path = read_text(join_path(bundle, "address"), "")[len("unix://"):]
     if not path and flags.get("address"):
         path = socket_path(SOCKET_DIRECTORY, flags["address"], flags["namespace"], group_of(flags["id"], bundle))
-    for _ in range(2):
-        probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-        probe.settimeout(PROBE_S)
-        try:
-            probe.connect(path)
-            probe.sendall(request_frame(1, TASK_SERVICES[0], "Connect", b""))
-            if probe.recv(1):
+    try:
+        for _ in range(2):
+            with Lock(directory_of(path)):
+                peer = connect_alive(path)
+            if not peer or answers(peer, PROBE_S, "Connect", b""):
                 return                  # it lives, for other containers
-        except ConnectionRefusedError:
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                pass                    # by the `delete` of another container of the pod
-            return
-        except (ConnectionResetError, BrokenPipeError):
-            pass                        # closed with the last one that had it: refused from now on
-        except OSError:
-            return
-        finally:
-            probe.close()
+    except OSError:
+        pass                            # it does not answer in time
 
 
 # === 24. Without containerd ===================================================

@@ -257,6 +257,59 @@ def test_twenty_at_once_leave_nothing(daemon, id):
     assert [(done.stdout, done.returncode) for done in results] == [(b"Hello, World!\n", 0)] * 20
 
 
+@pytest.fixture
+def grouping(monkeypatch):
+    """A containerd whose containers share one shim."""
+    monkeypatch.setenv("CHIBISHIM_GROUP", "all")
+    with tempfile.TemporaryDirectory(prefix="chibi", dir="/run") as directory:
+        daemon = Containerd(directory)
+        daemon.start()
+        try:
+            archive = os.path.join(directory, "guest.tar")
+            subprocess.run([SHIM, "image", os.path.join(MODULES, "guest.wasm"), "-o", archive, "-t", WASM], check=True)
+            daemon.import_image(archive)
+            yield daemon
+        finally:
+            daemon.clear()
+            daemon.stop()
+            subprocess.run("umount -l %s/*/*/*/* %s/*/*/* 2>/dev/null" % (directory, directory), shell=True)
+
+
+def test_containers_that_come_and_go_in_one_shim(grouping):
+    """None meets a shim that is about to end."""
+    bad = []
+
+    def come_and_go(worker):
+        for i in range(12):
+            done = grouping.run(WASM, "%s%d-%d" % (PREFIX, worker, i), "/guest.wasm", "both")
+            if (done.returncode, done.stdout) != (0, b"ready\n"):
+                bad.append(done.stderr)
+    threads = [threading.Thread(target=come_and_go, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bad == []
+    assert grouping.leftovers() == []
+
+
+def test_a_shared_shim_outlives_the_first_container_and_ends_with_the_last(grouping):
+    ids = [PREFIX + name for name in ("a", "b", "c")]
+    for id in ids:
+        start(grouping, id, "z")
+    guests = {id: grouping.task_pid(id) for id in ids}
+    (shim,) = set(grouping.shims()) - set(guests.values())
+    grouping.ctr("task", "delete", "-f", ids[0], check=True)
+    grouping.stop()
+    grouping.start()
+    assert [grouping.task_state(id) for id in ids[1:]] == ["RUNNING", "RUNNING"]
+    assert set(grouping.shims()) == {shim, guests[ids[1]], guests[ids[2]]}
+    os.kill(shim, signal.SIGKILL)
+    wait_for(lambda: not grouping.shims())
+    grouping.clear()
+    assert grouping.leftovers() == []
+
+
 def test_limits_of_ctr_reach_the_cgroup(daemon, id):
     "N10"
     start(daemon, id, "z", options=("--memory-limit", "67108864"))

@@ -119,7 +119,7 @@ def test_the_socket_is_a_file_of_its_owner_alone(bundle, tmp_path):
     "T6"
     path = bundle.start().peer.getpeername()
     assert path.startswith("/") and os.stat(path).st_mode & 0o777 == 0o600
-    chibishim.listen(str(tmp_path / "s" / "socket")).close()
+    chibishim.listen(str(tmp_path / "s" / "socket"), "x").close()
     assert os.stat(tmp_path / "s").st_mode & 0o777 == 0o700
 
 
@@ -147,6 +147,127 @@ def test_another_user_is_not_answered(bundle):
     os.close(read)
     os.waitpid(pid, 0)
     bundle.fails(chibishim.NOT_FOUND, "State")
+
+
+@pytest.fixture
+def grouped(bundle, monkeypatch):
+    """Containers of the environment's group: [the first, the second]; the first is created and deleted."""
+    monkeypatch.setenv("CHIBISHIM_GROUP", "all")
+    bundle.start().create()
+    bundle.call("Delete")
+    return bundle, Bundle(bundle.directory)
+
+
+def test_containers_share_the_shim_of_the_environments_group(grouped):
+    first, second = grouped
+    assert second.start().peer.getpeername() == first.peer.getpeername()
+    pod = Bundle(first.directory)
+    pod.config["annotations"] = {"io.kubernetes.cri.sandbox-id": pod.id}
+    assert pod.start().peer.getpeername() != first.peer.getpeername()
+    pod.call("Shutdown")
+
+
+def test_a_shim_waits_for_the_container_whose_start_has_found_it(grouped):
+    first, second = grouped
+    second.start()
+    first.call("Shutdown")
+    assert second.create()
+    second.call("Delete")
+
+
+def test_a_start_that_comes_too_late_makes_a_shim_of_its_own(grouped):
+    first, second = grouped
+    before = first.processes()
+    first.call("Shutdown")
+    second.start().create()
+    until(lambda: not set(before) & set(second.processes()))        # it tries for a while to get its events delivered
+    second.call("Delete")
+    second.call("Shutdown")
+
+
+def test_a_shim_does_not_wait_for_ever(monkeypatch):
+    service = chibishim.TaskService(None, None, "test")
+    monkeypatch.setattr(chibishim, "EXPECT_S", 0.05)
+    with pytest.raises(StopIteration):
+        next(service.Expect({"id": "never"}))
+    service.Shutdown({})
+    assert not service.stop
+    time.sleep(0.06)
+    service.Shutdown({})
+    assert service.stop
+
+
+def test_a_shim_without_a_container_to_expect_ends_soon(grouped):
+    first, second = grouped
+    shutil.rmtree(first.path)
+    until(lambda: not first.processes(), 10)
+    assert not os.path.exists(first.peer.getpeername())
+    os.mkdir(first.path)
+
+
+@pytest.mark.parametrize("answer", [b"", b"x", None], ids=["ends", "refuses", "hangs"])
+def test_start_finds_out_whether_a_shim_is_there(tmp_path, monkeypatch, answer):
+    "also one of another version, which does not know the question"
+    monkeypatch.setattr(chibishim, "JOIN_S", 0.2)
+    path = str(tmp_path / "socket")
+    listener = socket.socket(fileno=chibishim.listen(path, "first").detach())
+
+    def serve():
+        peer, _ = listener.accept()
+        peer.recv(1000)
+        if answer is None:
+            time.sleep(0.5)
+        else:
+            peer.sendall(answer)
+        os.unlink(path)
+        listener.close()
+        peer.close()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    if answer is None:
+        with pytest.raises(chibishim.ContainerError, match="does not answer"):
+            chibishim.listen(path, "second")
+    else:
+        found = chibishim.listen(path, "second")
+        assert bool(found) == (not answer)
+        if found:
+            found.close()
+    thread.join()
+
+
+def test_starts_at_once_find_one_shim(bundle, monkeypatch):
+    "where a dead one has left its socket"
+    monkeypatch.setenv("CHIBISHIM_GROUP", "all")
+    path = bundle.start().peer.getpeername()
+    for pid in bundle.processes():
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not bundle.processes())
+    assert os.path.exists(path)
+    bundles = [Bundle(bundle.directory) for _ in range(8)]
+    threads = [threading.Thread(target=one.start) for one in bundles]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(bundle.processes()) == 1
+    for one in bundles:
+        assert one.create()
+        one.call("Delete")
+
+
+def test_the_log_goes_on_when_the_first_container_has_gone(bundle, monkeypatch):
+    monkeypatch.setenv("CHIBISHIM_GROUP", "all")
+    logs = []
+    for one in (bundle, Bundle(bundle.directory)):
+        os.mkfifo(one.path + "/log")
+        logs.append(os.open(one.path + "/log", os.O_RDONLY | os.O_NONBLOCK))
+        one.start().create()
+        if one is bundle:
+            os.close(logs[0])
+    (pid, *_) = [pid for pid in bundle.processes() if os.readlink("/proc/%d/fd/2" % pid).endswith("/log")]
+    assert os.readlink("/proc/%d/fd/2" % pid) == one.path + "/log"
+    bundle.call("Delete")
+    one.call("Delete")
 
 
 def test_a_peer_that_does_not_read_stalls_nobody(bundle):
