@@ -1,5 +1,6 @@
 """The whole path: an unmodified containerd runs images through the built zipapp."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,13 +20,14 @@ HELLO = "local.test/hello:latest"
 NATIVE = "local.test/busybox:latest"
 
 
-@pytest.fixture(scope="module")
-def daemon():
+@contextlib.contextmanager
+def running(**images):
+    """A containerd that has these modules of ours: {name: reference}."""
     with tempfile.TemporaryDirectory(prefix="chibi", dir="/run") as directory:
         daemon = Containerd(directory)
         daemon.start()
         try:
-            for name, reference in (("guest", WASM), ("hello", HELLO)):
+            for name, reference in images.items():
                 archive = os.path.join(directory, name + ".tar")
                 subprocess.run([SHIM, "image", os.path.join(MODULES, name + ".wasm"), "-o", archive, "-t", reference], check=True)
                 daemon.import_image(archive)
@@ -34,6 +36,12 @@ def daemon():
             daemon.clear()
             daemon.stop()
             subprocess.run("umount -l %s/*/*/*/* %s/*/*/* 2>/dev/null" % (directory, directory), shell=True)
+
+
+@pytest.fixture(scope="module")
+def daemon():
+    with running(guest=WASM, hello=HELLO) as daemon:
+        yield daemon
 
 
 @pytest.fixture
@@ -261,18 +269,8 @@ def test_twenty_at_once_leave_nothing(daemon, id):
 def grouping(monkeypatch):
     """A containerd whose containers share one shim."""
     monkeypatch.setenv("CHIBISHIM_GROUP", "all")
-    with tempfile.TemporaryDirectory(prefix="chibi", dir="/run") as directory:
-        daemon = Containerd(directory)
-        daemon.start()
-        try:
-            archive = os.path.join(directory, "guest.tar")
-            subprocess.run([SHIM, "image", os.path.join(MODULES, "guest.wasm"), "-o", archive, "-t", WASM], check=True)
-            daemon.import_image(archive)
-            yield daemon
-        finally:
-            daemon.clear()
-            daemon.stop()
-            subprocess.run("umount -l %s/*/*/*/* %s/*/*/* 2>/dev/null" % (directory, directory), shell=True)
+    with running(guest=WASM) as daemon:
+        yield daemon
 
 
 def test_containers_that_come_and_go_in_one_shim(grouping):
