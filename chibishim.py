@@ -10741,10 +10741,11 @@ class Loop:
             if direction in slots and (events & bit or failed):
                 slots[direction](True)
 
-    def forget(self, fd):
-        """To be called before a descriptor is closed: whoever waits for it is resumed."""
+    def close(self, fd):
+        """close(2). Whoever waits for the descriptor is resumed: its number may soon be another file's."""
         for resume in list(self.waiting.get(fd, {}).values()):
             resume(True)
+        os.close(fd)
 
 
 class Event:
@@ -13924,8 +13925,7 @@ class Process:
             fd = getattr(self, name)
             if fd >= 0:
                 setattr(self, name, -1)
-                loop.forget(fd)
-                os.close(fd)
+                loop.close(fd)
 
 
 class Stdio:
@@ -14070,8 +14070,7 @@ class Stdio:
             except OSError:
                 break                   # the process closed its end
         if self.sink >= 0 and self.sink != self.master:
-            loop.forget(self.sink)
-            os.close(self.sink)
+            loop.close(self.sink)
             self.sink = -1
 
     def copy_terminal(self, loop):
@@ -14106,12 +14105,12 @@ class Stdio:
             os.close(self.stdin_writer)
             self.stdin_writer = -1
 
-    def drain(self):
+    def drain(self, loop):
         """A task that waits until the client has read all output: what is in the fifo when
         exit is reported is lost. A client that does not read is given half a second."""
         yield self.copied, 2
         if self.output >= 0:
-            os.close(self.output)
+            loop.close(self.output)     # for which copy_terminal may still wait
             self.output = -1
         deadline = time.monotonic() + DRAIN_MAX_S
         stall, before = time.monotonic() + DRAIN_STALL_S, None
@@ -14152,8 +14151,9 @@ class Stdio:
         self.output = self.stdin = self.stdin_writer = self.sink = self.master = self.console = self.child_console = -1
         for fd in set(fds) - {-1}:
             if loop:
-                loop.forget(fd)
-            os.close(fd)
+                loop.close(fd)
+            else:
+                os.close(fd)
 
 
 def has_reader(fd):
@@ -14541,8 +14541,7 @@ class GrpcClient:
 
     def close(self):
         """Ends the connection."""
-        self.loop.forget(self.fd)
-        os.close(self.fd)
+        self.loop.close(self.fd)
 
 
 def send_module(loop, address, namespace, id, gate):
@@ -14938,7 +14937,7 @@ class TaskService:
         if not process.id and container.cgroup:
             yield from container.cgroup.kill()
         exited_at = timestamp(time.time())
-        yield from process.io.drain()
+        yield from process.io.drain(self.loop)
         process.state = STOPPED
         process.exit_status, process.exited_at = status, exited_at
         process.io.close(self.loop)
@@ -15023,9 +15022,8 @@ class TaskService:
             process.io.close(self.loop)
             process.close(self.loop)
         if container.oom >= 0:
-            fd, container.oom = container.oom, -1
-            self.loop.forget(fd)
-            os.close(fd)
+            self.loop.close(container.oom)
+            container.oom = -1
         if container.cgroup:
             yield from container.cgroup.kill()
             for _ in range(100):        # the kernel takes a moment to forget the dead
@@ -16140,10 +16138,9 @@ class Connection:
 
     def close(self):
         """Ends the connection; answers that still come are dropped."""
-        fd, self.fd = self.fd, -1
+        self.loop.close(self.fd)
+        self.fd = -1
         self.out.clear()
-        self.loop.forget(fd)
-        os.close(fd)
         self.drained.happen()
         Connection.open.discard(self)
 

@@ -309,6 +309,48 @@ def test_the_shim_keeps_no_pipe_of_a_running_process(bundle):
     bundle.call("Delete")
 
 
+def connections_heard(bundle, count):
+    """So many further connections to the shim, all open at once, on each of which a call was answered."""
+    peers = []
+    for _ in range(count):
+        peers.append(socket.socket(socket.AF_UNIX))
+        peers[-1].settimeout(5)
+        peers[-1].connect(bundle.peer.getpeername())
+        peers[-1].sendall(chibishim.request_frame(1, "containerd.task.v2.Task", "Connect", b""))
+        assert peers[-1].recv(1)
+    return peers
+
+
+def stands_still(fifo):
+    """Whether something is in a fifo, and nothing more comes."""
+    before = chibishim.bytes_available(fifo)
+    time.sleep(0.1)
+    return 0 < before == chibishim.bytes_available(fifo)
+
+
+@needs_busybox
+def test_a_terminal_that_nobody_reads_leaves_no_wait_behind(bundle):
+    "L12, T7: a connection that got the number of its closed way out was never heard"
+    shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs"))
+    bundle.config["process"].update(args=["/busybox", "yes"], terminal=True)
+    fifo = os.path.join(bundle.directory, "fifo")
+    os.mkfifo(fifo)
+    client = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    bundle.start()
+    early = connections_heard(bundle, 4)        # lower numbers, free when the terminal's are closed
+    bundle.call("Create", bundle=bundle.path, stdout=fifo, terminal=True)
+    bundle.call("Start")
+    until(lambda: stands_still(client))
+    for peer in early:
+        peer.close()
+    bundle.call("Kill", signal=9)
+    assert bundle.call("Wait")["exit_status"] == 137
+    for peer in connections_heard(bundle, 16):
+        peer.close()
+    os.close(client)
+    bundle.call("Delete")
+
+
 def test_a_thousand_waiters_are_answered(bundle):
     "T8"
     bundle.start().create()
