@@ -15747,14 +15747,14 @@ def listen(path, id):
     """A listening socket at the path; None if a live shim has it, which then waits for the container."""
     make_directories(directory_of(path), 0o700)
     for _ in range(3):
-        with Lock(directory_of(path)):
-            peer = connect_alive(path)
-            if not peer:
-                return bind_and_listen(path)
         try:
+            with Lock(directory_of(path)):
+                peer = connect_alive(path)
+                if not peer:
+                    return bind_and_listen(path)
             if answers(peer, JOIN_S, "Expect", encode("StateRequest", {"id": id})):
                 return None
-        except TimeoutError:
+        except (BlockingIOError, TimeoutError):
             raise ContainerError("socket %s: the shim that has it does not answer" % path) from None
     raise ContainerError("socket %s: somebody else keeps taking it" % path)
 
@@ -15781,8 +15781,11 @@ def bind_and_listen(path):
 
 
 def connect_alive(path):
-    """A connection to the shim that has a socket; None if it is dead, whose socket is removed, or there is none."""
+    """A connection to the shim that has a socket; None if it is dead, whose socket is removed, or there is none.
+    BlockingIOError if as many as its backlog holds wait for it: who waited for a shim that hangs would
+    keep the lock from the starts of all others."""
     peer = local_socket()
+    peer.setblocking(False)
     try:
         peer.connect(path)
         return peer

@@ -235,6 +235,27 @@ def test_start_finds_out_whether_a_shim_is_there(tmp_path, monkeypatch, answer):
     thread.join()
 
 
+def test_a_shim_that_hangs_holds_up_no_other_start(tmp_path):
+    "T7, T9: also when as many wait for it as its backlog holds"
+    path = str(tmp_path / "socket")
+    (tmp_path / "address").write_text("unix://" + path)
+    waiting = []
+    with socket.socket(socket.AF_UNIX) as hung:
+        hung.bind(path)
+        hung.listen(1)
+        with pytest.raises(BlockingIOError):
+            while True:
+                waiting.append(chibishim.connect_to(path))
+        threading.Timer(2, hung.close).start()          # for who would wait for it
+        began = time.monotonic()
+        with pytest.raises(chibishim.ContainerError, match="does not answer"):
+            chibishim.listen(path, "x")
+        chibishim.remove_dead_socket(str(tmp_path), {})
+        assert time.monotonic() - began < 1 and os.path.exists(path)
+    for fd in waiting:
+        os.close(fd)
+
+
 def test_starts_at_once_find_one_shim(bundle, monkeypatch):
     "where a dead one has left its socket"
     monkeypatch.setenv("CHIBISHIM_GROUP", "all")
