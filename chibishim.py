@@ -11324,14 +11324,14 @@ def plan_mounts(config, bundle, spaces, user_namespace):
             flags |= MS_BIND
             source = join_path(bundle, source)
         mapping = plan_mapping(item, flags, where, spaces, user_namespace)
+        attributes = tuple((word, *RECURSIVE_OPTIONS[word]) for word in words if word in RECURSIVE_OPTIONS)
         copy = "tmpcopyup" in words
         if copy and (type != "tmpfs" or flags & MS_BIND):
             raise ConfigError("%s: option tmpcopyup is for tmpfs only" % where)
         if type == "cgroup":
-            steps.append(("mount_cgroup", target, flags))
+            steps.append(("mount_cgroup", target, flags, attributes))
         else:
-            steps.append(("mount", source or type, target, type, flags, tuple(propagation), data, mapping, copy))
-        steps += [("attributes", target, word, *RECURSIVE_OPTIONS[word]) for word in words if word in RECURSIVE_OPTIONS]
+            steps.append(("mount", source or type, target, type, flags, tuple(propagation), data, mapping, copy, attributes))
     return steps
 
 
@@ -12965,7 +12965,10 @@ def check_target(setup, fd, target, type, flags):
         raise OSError(errno.EPERM, "mount at %s: inside /proc" % target)
 
 
-def do_mount(setup, source, target, type, flags, propagation, data, mapping, copy):
+def do_mount(setup, source, target, type, flags, propagation, data, mapping, copy, attributes):
+    """A mount of config.json. What follows upon it goes by descriptor where that can be: another
+    container that writes to a volume above the target may have renamed that meanwhile, and what the
+    name leads to would become read-only instead (CVE-2021-30465 is of this kind)."""
     bind = flags & MS_BIND
     tree = -1
     if bind:
@@ -12977,24 +12980,22 @@ def do_mount(setup, source, target, type, flags, propagation, data, mapping, cop
             os.close(fd)
     fd = ensure(setup, target, not bind or os.fstat(tree).st_mode & 0o170000 == 0o040000)
     check_target(setup, fd, target, type, flags)
-    if bind:
-        move_mount(tree, fd, flags & MS_REC)
-        os.close(tree)
-    else:
+    attached = bind and move_mount(tree, fd, flags & MS_REC)
+    if not bind:
         mount_filesystem(source, fd, target, type, flags & ~MS_RDONLY if copy else flags, labelled(setup, type, data))
     if copy:
         copy_up(setup, fd, target, flags)
     os.close(fd)
+    top = tree if attached else open_in_root(setup.root, target)
+    if setup.label and type == "mqueue":
+        os.setxattr(fd_path(top), "security.selinux", file_bytes(setup.label))
     extra = flags & ~(MS_BIND | MS_REC | MS_REMOUNT)
-    label = setup.label if type == "mqueue" else ""
-    if bind and extra or propagation or label:
-        fd = open_in_root(setup.root, target)       # what lies on top now
-        if label:
-            os.setxattr(fd_path(fd), "security.selinux", file_bytes(label))
-        if bind and extra:
-            remount(fd, MS_BIND | extra)
-        for flag in propagation:
-            mount(None, fd_path(fd), None, flag)
+    if bind and extra:
+        remount(top, MS_BIND | extra)
+    for flag in propagation:
+        mount(None, fd_path(top), None, flag)
+    set_attributes(top, target, attributes)
+    for fd in {top, tree} - {-1}:
         os.close(fd)
 
 
@@ -13109,13 +13110,16 @@ def open_tree(source, recursive):
 
 
 def move_mount(tree, fd, recursive):
-    """Attaches what open_tree returned at a place."""
+    """Attaches what open_tree returned at a place. True if it stands for the mount from now on, and
+    not for its source."""
     try:
         libc.syscall(SYS_MOVE_MOUNT, tree, b"", fd, b"", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
+        return True
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
-        mount(fd_path(tree), fd_path(fd), None, MS_BIND | recursive)
+    mount(fd_path(tree), fd_path(fd), None, MS_BIND | recursive)
+    return False
 
 
 def prepare_child(setup, steps, user_namespace, pid_namespace):
@@ -13168,15 +13172,13 @@ def mount_filesystem(source, fd, target, type, flags, data):
         raise OSError(error.errno, "mount %s at %s: %s" % (type, target, os.strerror(error.errno))) from None
 
 
-def do_attributes(setup, target, word, on, off):
+def set_attributes(fd, target, attributes):
     """Changes a mount and all below it at once: none may stay writable for a moment, or for good."""
-    fd = open_in_root(setup.root, target)
-    try:
-        libc.syscall(SYS_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH | AT_RECURSIVE, struct.pack("=QQQQ", on, off, 0, 0), 32)
-    except OSError as error:
-        raise OSError(error.errno, "mount at %s: option %s: %s" % (target, word, os.strerror(error.errno))) from None
-    finally:
-        os.close(fd)
+    for word, on, off in attributes:
+        try:
+            libc.syscall(SYS_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH | AT_RECURSIVE, struct.pack("=QQQQ", on, off, 0, 0), 32)
+        except OSError as error:
+            raise OSError(error.errno, "mount at %s: option %s: %s" % (target, word, os.strerror(error.errno))) from None
 
 
 def mount_flags(fd):
@@ -13198,7 +13200,7 @@ def remount(fd, flags):
         mount(None, path, None, MS_REMOUNT | flags | mount_flags(fd))
 
 
-def do_mount_cgroup(setup, target, flags):
+def do_mount_cgroup(setup, target, flags, attributes):
     """The container's own groups at /sys/fs/cgroup: the unified one, or a directory of
     version 1's controllers."""
     do_cgroup(setup)
@@ -13212,13 +13214,17 @@ def do_mount_cgroup(setup, target, flags):
         data = labelled(setup, "tmpfs", "mode=755")
         mount_filesystem("tmpfs", fd, target, "tmpfs", flags & ~(MS_RDONLY | MS_BIND | MS_REC), data)
         for controller, directory in directories.items():
-            point = ensure(setup, join_path(target, controller.replace("name=", "") or "unified"))
+            path = join_path(target, controller.replace("name=", "") or "unified")
+            point = ensure(setup, path)
             mount(directory, fd_path(point), None, MS_BIND | MS_REC)
-            remount_top(setup, join_path(target, controller.replace("name=", "") or "unified"), MS_BIND | flags & ~MS_REC)
             os.close(point)
+            remount_top(setup, path, MS_BIND | flags & ~MS_REC)
     os.close(fd)
     if flags & MS_RDONLY:
         remount_top(setup, target, MS_BIND | flags & ~MS_REC)
+    fd = open_in_root(setup.root, target)
+    set_attributes(fd, target, attributes)
+    os.close(fd)
 
 
 def remount_top(setup, target, flags):
@@ -13614,7 +13620,7 @@ def do_seccomp(setup, call, flags, program):
 
 OPERATIONS = {function.__name__[3:]: function for function in (
     do_join, do_unshare, do_time_offsets, do_scheduler, do_io_priority, do_affinity, do_personality, do_cgroup,
-    do_loopback_up, do_prepare_root, do_mount, do_attributes, do_mount_cgroup, do_device, do_symlink, do_terminal,
+    do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink, do_terminal,
     do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_move_root, do_propagation,
     do_chroot, do_hostname, do_domainname, do_rlimit, do_session_keyring, do_bounding, do_make_cwd, do_identity, do_cwd, do_capabilities,
     do_no_new_privs, do_mount_label, do_open_labels, do_payload, do_labels, do_seccomp)}

@@ -243,6 +243,44 @@ def test_bind_mounts_need_no_new_kernel(tmp_path, monkeypatch, kernel):
     assert os.listdir(tmp_path / "to") == []
 
 
+@needs_root
+@pytest.mark.parametrize("option", ["ro", "rro"])
+def test_a_bind_mount_is_read_only_wherever_its_target_is_renamed_to(tmp_path, monkeypatch, option):
+    "N2: by another container, which writes to the volume above it, just when it is attached"
+    for name in ("source", "root/volume/target", "root/decoy"):
+        (tmp_path / name).mkdir(parents=True)
+    volume = str(tmp_path / "root" / "volume")
+    attach, outside = chibishim.move_mount, os.open("/proc/self/ns/mnt", os.O_RDONLY)
+
+    def attach_and_lose(tree, fd, recursive):
+        attached = attach(tree, fd, recursive)
+        inside = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+        chibishim.libc.setns(outside, chibishim.CLONE_NEWNS)        # where it is no mount point that is renamed
+        os.rename(volume + "/target", volume + "/moved")
+        os.symlink("/decoy", volume + "/target")
+        chibishim.libc.setns(inside, chibishim.CLONE_NEWNS)
+        return attached
+    monkeypatch.setattr(chibishim, "move_mount", attach_and_lose)
+    steps = chibishim.plan_mounts({"mounts": [
+        {"destination": "/decoy", "type": "tmpfs", "source": "tmpfs"},
+        {"destination": "/volume/target", "type": "bind", "source": str(tmp_path / "source"), "options": ["rbind", option]}]}, "/", {}, False)
+    setup = chibishim.Setup(None, None, None, -1, -1)
+    pid = os.fork()
+    if not pid:
+        try:
+            chibishim.libc.unshare(chibishim.CLONE_NEWNS)
+            chibishim.mount(None, "/", None, chibishim.MS_PRIVATE | chibishim.MS_REC)
+            setup.rootfs = str(tmp_path / "root")
+            setup.root = os.open(setup.rootfs, os.O_PATH)
+            chibishim.perform(steps, setup)
+            found = {m.mountpoint: m.options[0] for m in chibishim.mount_table()}
+            os._exit(found[volume + "/moved"] != "ro" or found[setup.rootfs + "/decoy"] != "rw")
+        finally:
+            os._exit(2)
+    os.close(outside)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 @pytest.mark.parametrize("field, value", [
     ("scheduler", {"policy": "SCHED_OFTEN"}), ("scheduler", {"policy": "SCHED_OTHER", "nice": 20}),
     ("scheduler", {"policy": "SCHED_FIFO", "flags": ["SCHED_FLAG_NONE"]}), ("ioPriority", {"class": "IOPRIO_CLASS_BE", "priority": 8}),
