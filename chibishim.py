@@ -13922,7 +13922,7 @@ class Process:
         self.heard = b""                # of what the child said on the status pipe, the rest
         self.kind = b""                 # b"W" or b"N"
         self.killed = 0                 # the signal that SIGKILL stands for
-        self.started = None             # Event: Start, once called, has published its event
+        self.started = None             # Event: Start, once called, has published its event or failed
         self.announced = False          # containerd has heard of it, and so will of its exit
 
     def close(self, loop, *names):
@@ -14238,19 +14238,18 @@ def start_logger(io, id, namespace, children):
 def end_logger(io):
     """A task that waits for the logger: its pipes are closed. It may write for a while, not for ever."""
     import _signal
-    pidfd, ended = io.logger
+    (pidfd, ended), io.logger = io.logger, None         # now, as an exec's Delete and init's may both come here
     for signal, seconds in ((SIGTERM, LOGGER_END_S), (SIGKILL, 1)):
         if not (yield ended, seconds):
             _signal.pidfd_send_signal(pidfd, signal)
     os.close(pidfd)
-    io.logger = None
 
 
 class Container:
     """A container: its bundle, its init process, those of Exec, and what must be undone."""
 
-    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "pause", "hook", "made", "oom",
-                 "oom_kills", "keeper")
+    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "pause", "hook", "made", "deleted",
+                 "oom", "oom_kills", "keeper")
 
     def __init__(self, id, bundle):
         self.id = id
@@ -14267,6 +14266,7 @@ class Container:
         self.hook = 0                   # pid of the hook that runs
         self.keeper = 0                 # pid of the process that keeps systemd's scope
         self.made = Event()             # Create has ended
+        self.deleted = None             # Event: the Delete that is at work has ended
 
     def process(self, exec_id):
         """The process with that exec id; NotFound if there is none."""
@@ -14884,27 +14884,33 @@ class TaskService:
 
     def Start(self, request):
         container, process = self.find(request, "Start")
-        if process.id:
-            if container.state(container.init) not in (CREATED, RUNNING):
-                raise RpcError(FAILED_PRECONDITION, "%s: the container is not running" % container.id)
-            try:
-                yield from self.start_exec(container, process)
-            except (ContainerError, ConfigError, OSError) as error:
-                process.state = STOPPED
-                process.exit_status, process.exited_at = 255, timestamp(time.time())
-                process.exited.happen()
-                process.io.close(self.loop)
-                if not process.heard:               # nor a word of the child: does the pid namespace end? init is its last process
-                    yield container.init.exited, 1
-                if is_dead(container.init):         # whatever that made fail
-                    raise RpcError(FAILED_PRECONDITION, "exec %s: the container's process has ended" % process.id) from None
-                raise RpcError(UNKNOWN_ERROR, "exec %s: %s" % (process.id, getattr(error, "strerror", None) or error)) from None
-        process.state = RUNNING
+        if process.started and not process.started.set:         # an exec is CREATED until it is ready
+            raise RpcError(FAILED_PRECONDITION, "%s: the process is being started" % container.id)
         process.started = Event()
         try:
+            if process.id:
+                yield from self.try_exec(container, process)
+            process.state = RUNNING
             return (yield from self.release(container, process))
         finally:
             process.started.happen()
+
+    def try_exec(self, container, process):
+        """Start's first half, for an exec: what goes wrong ends it, and tells whether it was init's end."""
+        if container.state(container.init) not in (CREATED, RUNNING):
+            raise RpcError(FAILED_PRECONDITION, "%s: the container is not running" % container.id)
+        try:
+            yield from self.start_exec(container, process)
+        except (ContainerError, ConfigError, OSError) as error:
+            process.state = STOPPED
+            process.exit_status, process.exited_at = 255, timestamp(time.time())
+            process.exited.happen()
+            process.io.close(self.loop)
+            if not process.heard:       # nor a word of the child: does the pid namespace end? init is its last process
+                yield container.init.exited, 1
+            if is_dead(container.init):         # whatever that made fail
+                raise RpcError(FAILED_PRECONDITION, "exec %s: the container's process has ended" % process.id) from None
+            raise RpcError(UNKNOWN_ERROR, "exec %s: %s" % (process.id, getattr(error, "strerror", None) or error)) from None
 
     def release(self, container, process):
         """Start's second half: the guest runs from here on."""
@@ -15003,8 +15009,17 @@ class TaskService:
             if process.io.logger:
                 yield from end_logger(process.io)
             return {"pid": process.pid, "exit_status": process.exit_status, "exited_at": process.exited_at}
-        yield from self.tear_down(container)
-        self.forget(container)
+        while container.deleted:        # by another call, which has the answer if it succeeds
+            yield container.deleted, None
+            if self.containers.get(container.id) is not container:
+                raise RpcError(NOT_FOUND, "container %s: not found" % container.id)
+        container.deleted = deleted = Event()
+        try:
+            yield from self.tear_down(container)
+            self.forget(container)
+        finally:
+            container.deleted = None
+            deleted.happen()
         answer = {"pid": process.pid, "exit_status": process.exit_status, "exited_at": process.exited_at}
         self.publish("/tasks/delete", "TaskDelete", {"container_id": container.id, **answer})
         return answer

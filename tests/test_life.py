@@ -88,6 +88,16 @@ def exec_of(event):
     return "" if id == event["container_id"] else id
 
 
+def codes_of(bundle, method, message):
+    """The status codes of two calls at once."""
+    for _ in range(2):
+        bundle.send(method, dict(message, id=bundle.id))
+    codes = []
+    for _, body in (bundle.receive() for _ in range(2)):
+        codes.append((decode("Response", body)["status"] or {"code": chibishim.OK})["code"])
+    return sorted(codes)
+
+
 @pytest.fixture
 def heard(bundle, monkeypatch):
     """A bundle's events, as containerd gets them."""
@@ -479,6 +489,54 @@ def test_an_exec_has_states_of_its_own(bundle):
     bundle.fails(chibishim.FAILED_PRECONDITION, "Start", exec_id="x")
     bundle.call("Delete", exec_id="x")
     bundle.fails(chibishim.NOT_FOUND, "Delete", exec_id="x")
+
+
+def test_an_exec_that_is_started_twice_at_once_has_one_process(bundle):
+    "L3, L5: there was a second one that no call could reach"
+    bundle.start().create()
+    bundle.call("Start")
+    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"))
+    assert codes_of(bundle, "Start", {"exec_id": "x"}) == [chibishim.OK, chibishim.FAILED_PRECONDITION]
+    assert len(bundle.call("Pids")["processes"]) == 2
+    bundle.call("Kill", exec_id="x", signal=signal.SIGKILL)
+    assert bundle.call("Wait", exec_id="x")["exit_status"] == 128 + signal.SIGKILL
+    bundle.call("Delete", exec_id="x")
+    bundle.call("Kill", signal=signal.SIGKILL)
+    bundle.call("Wait")
+    bundle.call("Delete")
+
+
+def test_an_exec_can_be_started_when_the_container_is_paused_no_more(bundle):
+    "L3: the Start that was refused is no first one"
+    bundle.start().create()
+    bundle.call("Start")
+    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"))
+    bundle.call("Pause")
+    bundle.fails(chibishim.FAILED_PRECONDITION, "Start", exec_id="x")
+    bundle.call("Resume")
+    assert bundle.call("Start", exec_id="x")["pid"]
+    bundle.call("Kill", signal=signal.SIGKILL)
+    bundle.call("Wait")
+    bundle.call("Delete")
+
+
+def test_a_container_is_deleted_once(bundle, heard):
+    "L4: also by two calls at once, while a logger takes its time and hooks run"
+    def program(name, text):
+        path = os.path.join(bundle.directory, name)
+        with open(path, "w") as file:
+            file.write("#!/bin/sh\n" + text)
+        os.chmod(path, 0o755)
+        return path
+    logger = "binary://" + program("logger", "exec 5>&-\ncat <&3; cat <&4; sleep 0.3\n")
+    notes = os.path.join(bundle.directory, "notes")
+    bundle.config["hooks"] = {"poststop": [{"path": program("hook", "sleep 0.3; echo ran >> %s\n" % notes)}]}
+    bundle.start().call("Create", bundle=bundle.path, stdout=logger, stderr=logger)
+    assert codes_of(bundle, "Delete", {}) == [chibishim.OK, chibishim.NOT_FOUND]
+    with open(notes) as file:
+        assert file.read() == "ran\n"
+    until(lambda: "delete" in heard.topics(bundle.id))
+    assert heard.topics(bundle.id).count("delete") == 1
 
 
 def test_a_signal_does_not_reach_who_has_the_pid_now():
