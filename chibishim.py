@@ -10464,6 +10464,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 2
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_SET_NAME = 36, 38, 47, 15
 PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_CLEAR_ALL = 2, 4
 CAPABILITY_VERSION_3 = 0x20080522
+MAX_WAIT_S = 0x7FFFFFFF // 1000         # at once: epoll_wait(2) and poll(2) count milliseconds in an int
 RESOLVE_IN_ROOT = 0x10
 O_PATH = os.O_PATH
 
@@ -10663,7 +10664,7 @@ class Loop:
                     log_exception()
             if finished():
                 return
-            timeout = max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
+            timeout = min(max(0, self.timers[0][0] - time.monotonic()), MAX_WAIT_S) if self.timers else None
             for fd, events in self.epoll.poll(timeout):
                 self.wake(fd, events)
             while self.timers and self.timers[0][0] <= time.monotonic():
@@ -15594,7 +15595,7 @@ def run_hooks_here(container, point, pid):
         child, pidfd, errors = spawn_hook(hook, state)
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        in_time = poll.poll(hook["timeout"] * 1000 if hook.get("timeout") else None)
+        in_time = poll.poll(min(hook["timeout"], MAX_WAIT_S) * 1000 if hook.get("timeout") else None)
         if not in_time:
             os.kill(child, SIGKILL)
         code = os.waitpid(child, 0)[1]

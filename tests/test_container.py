@@ -102,6 +102,21 @@ def test_a_task_that_fails_does_not_end_a_forgiving_loop(capfd):
     assert "nobody expects this" in text and "two waits" in text
 
 
+def test_a_task_may_wait_for_longer_than_the_kernel_can():
+    "L12: with a hook's timeout of 25 days the loop ended, and with it every container of the pod"
+    loop, happened = chibishim.Loop(), []
+    read, write = os.pipe()
+
+    def waits():
+        happened.append((yield chibishim.readable(read, 1e10)))
+    loop.spawn(waits())
+    os.write(write, b"x")
+    loop.run(lambda: happened)
+    os.close(read)
+    os.close(write)
+    assert happened == [True]
+
+
 def test_a_closed_stream_is_not_written_to_by_its_old_number(tmp_path):
     loop = chibishim.Loop()
     io = chibishim.Stdio({"stdin": "", "stdout": "", "stderr": "", "terminal": False})

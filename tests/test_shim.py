@@ -660,6 +660,15 @@ def test_a_hook_that_fails_makes_create_fail(hooked, point, text, more, reason):
 
 
 @needs_busybox
+@pytest.mark.parametrize("point", ["prestart", "createContainer"])
+def test_a_hook_may_have_more_time_than_the_kernel_can_wait_for(hooked, point):
+    "N11"
+    hooked.config["hooks"] = {point: [hook_that("exit 0", timeout=10**7)]}
+    hooked.start().create()
+    hooked.call("Delete")
+
+
+@needs_busybox
 def test_a_start_container_hook_that_fails_makes_start_fail(hooked):
     "N11"
     hooked.config["hooks"]["startContainer"] = [hook_that("echo no reason >&2; exit 3")]
