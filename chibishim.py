@@ -3681,10 +3681,11 @@ class Translator:
     # -- calls: the callee is known, or lies in a slot --
 
     def callee(self):
-        """Reads and checks a function index; returns the function."""
+        """Reads and checks a function index; returns (function, type). An imported function may
+        have a subtype of the type that the module declares, and that one counts."""
         index = self.reader.unsigned()
         check_index("function", index, self.module.functions)
-        return self.instance.functions[index]
+        return self.instance.functions[index], self.module.function_type(index)
 
     def table_callee(self):
         """Finds the callee of a call_indirect; returns (type, slot)."""
@@ -3702,8 +3703,7 @@ class Translator:
         return type, self.pop((type, True))
 
     def call_(self, op):
-        function = self.callee()
-        self.call(CALL, function, function.type)
+        self.call(CALL, *self.callee())
 
     def call_indirect_(self, op):
         type, slot = self.table_callee()
@@ -3714,9 +3714,9 @@ class Translator:
         self.call(CALL_REF, slot, type)
 
     def return_call_(self, op):
-        function = self.callee()
+        function, type = self.callee()
         self.constant(FUNCREF, function, function)
-        self.tail_call(function.type, self.pop())
+        self.tail_call(type, self.pop())
 
     def return_call_indirect_(self, op):
         self.tail_call(*self.table_callee())
@@ -3931,10 +3931,9 @@ class Translator:
 
     def convert(self, source, target):
         """Between external and internal references nothing changes but the type."""
-        (_, nullable), slot = self.pop_reference()
-        self.types.append((source, nullable))
-        self.slots.append(slot)
-        self.pop((source, True))
+        (heap, nullable), slot = self.pop_reference()
+        if not heap_matches(heap, source):
+            raise Invalid("type mismatch: %s for %s" % (type_name((heap, nullable)), type_name((source, True))))
         self.keep([(target, nullable)], [slot])
 
     # -- aggregates --

@@ -253,6 +253,35 @@ def test_subtyping(type, other, expected):
     assert chibishim.type_matches(type, other) == expected
 
 
+@pytest.mark.parametrize("convert, source, target, valid", [
+    (b"\xfb\x1a", b"\x6f", b"\x6e", True),      # any.convert_extern of an externref
+    (b"\xfb\x1b", b"\x6e", b"\x6f", True),      # extern.convert_any of an anyref,
+    (b"\xfb\x1b", b"\x6c", b"\x6f", True),      # … of an i31ref
+    (b"\xfb\x1a", b"\x70", b"\x6e", False),     # any.convert_extern of a funcref,
+    (b"\xfb\x1a", b"\x69", b"\x6e", False),     # … of an exnref,
+    (b"\xfb\x1a", b"\x6e", b"\x6e", False),     # … of an anyref
+    (b"\xfb\x1b", b"\x6f", b"\x6f", False),     # extern.convert_any of an externref
+    (b"\xfb\x1b", b"\x70", b"\x6f", False),     # … of a funcref
+])
+def test_only_references_of_the_other_hierarchy_are_converted(convert, source, target, valid):
+    assert validate(module_of(b"\0\x20\0" + convert + b"\x0b", b"\x60\1" + source + b"\1" + target)) == valid
+
+
+@pytest.mark.parametrize("call", [b"\x10", b"\x12"])
+def test_a_call_of_an_import_is_checked_against_the_type_that_the_module_declares(call):
+    # (sub (func (param structref))), and below it (sub 0 (func (param anyref)))
+    types = b"\x50\0\x60\1\x6b\0", b"\x50\1\0\x60\1\x6e\0"
+    exporter = Instance(Module(b"\0asm\1\0\0\0" + section(1, *types) + section(3, b"\1") + section(7, b"\1f\0\0")
+                               + section(10, b"\2\0\x0b")))
+    importer = Instance(Module(b"\0asm\1\0\0\0" + section(1, *types) + section(2, b"\1m\1f\0\0") + section(3, b"\0", b"\1")
+                               + section(7, b"\3fit\0\1", b"\4wide\0\2")
+                               + section(10, b"\6\0\x20\0" + call + b"\0\x0b", b"\6\0\x20\0" + call + b"\0\x0b")),
+                        {"m": exporter.exports})
+    assert importer.exports["fit"](None) is None
+    with pytest.raises(Invalid, match="type mismatch"):
+        importer.exports["wide"](None)
+
+
 # -- bounds (security.md I3, I4, I5) --
 
 
