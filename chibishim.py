@@ -11010,6 +11010,7 @@ zos object ignored
 freebsd object ignored
 """
 
+HOOK_POINTS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 JSON_TYPES = {"string": str, "int": int, "bool": bool, "object": dict, "map": dict}
 NAMESPACES = {                          # type -> (flag, file in /proc/PID/ns)
     "user": (CLONE_NEWUSER, "user"), "pid": (CLONE_NEWPID, "pid"), "network": (CLONE_NEWNET, "net"),
@@ -11052,6 +11053,7 @@ DEVICE_TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}
 RLIMITS = ("CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME").split()
 CAPABILITY_SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")
 MAX_ID = (1 << 32) - 2                  # uid_t -1 means "leave as it is"
+MAX_MAJOR, MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1         # of the kernel's dev_t
 
 
 class ConfigError(Exception):
@@ -11105,6 +11107,18 @@ def check_config(config):
         raise ConfigError("config.json: process.cwd %r is not absolute" % process["cwd"])
     if not (config.get("root") or {}).get("path"):
         raise ConfigError("config.json: root.path is missing")
+    check_hooks(config.get("hooks") or {})
+
+
+def check_hooks(hooks):
+    """What the types of OCI_FIELDS do not say of hooks; a timeout of 0 is none."""
+    for point in HOOK_POINTS:
+        for index, hook in enumerate(hooks.get(point) or ()):
+            where = "config.json: hooks.%s[%d]" % (point, index)
+            if not (hook.get("path") or "").startswith("/"):
+                raise ConfigError("%s.path %r is not absolute" % (where, hook.get("path")))
+            if not 0 <= (hook.get("timeout") or 0) <= MAX_U32:
+                raise ConfigError("%s.timeout: %d is no number of seconds" % (where, hook["timeout"]))
 
 
 def check_fields(value, table, prefix, what):
@@ -11377,8 +11391,10 @@ def plan_devices(config, user_namespace):
         if kind is None or not (device.get("path") or "").startswith("/"):
             raise ConfigError("config.json: linux.devices[%d] needs a path and a type of c, b, u or p" % index)
         mode = device.get("fileMode")
-        steps.append(("device", device["path"], kind | (0o666 if mode is None else mode & 0o7777), device.get("major") or 0,
-                      device.get("minor") or 0, device.get("uid") or 0, device.get("gid") or 0, user_namespace))
+        numbers = [device.get(name) or 0 for name in ("major", "minor", "uid", "gid")]
+        if not all(0 <= number <= limit for number, limit in zip(numbers, (MAX_MAJOR, MAX_MINOR, MAX_ID, MAX_ID))):
+            raise ConfigError("config.json: linux.devices[%d]: a number is out of range" % index)
+        steps.append(("device", device["path"], kind | (0o666 if mode is None else mode & 0o7777), *numbers, user_namespace))
     return steps + [("symlink", target, path) for target, path in DEVICE_LINKS]
 
 
@@ -11416,6 +11432,11 @@ def plan_scheduling(process):
     return steps
 
 
+def is_decimal(text):
+    """Whether int() takes it, and everybody else would."""
+    return text.isascii() and text.isdigit()
+
+
 def plan_affinity(process, which):
     """The processors that an exec may use, before ("initial") and after ("final") it is in the cgroup."""
     text = (process.get("execCPUAffinity") or {}).get(which)
@@ -11424,7 +11445,7 @@ def plan_affinity(process, which):
     processors = set()
     for piece in text.split(","):
         first, dash, last = piece.strip().partition("-")
-        if not first.isdigit() or dash and not last.isdigit() or int(last or first) > 65535:
+        if not is_decimal(first) or dash and not is_decimal(last) or not int(first) <= int(last or first) <= 65535:
             raise ConfigError("config.json: process.execCPUAffinity.%s: %r is no list of processors" % (which, text))
         processors.update(range(int(first), int(last or first) + 1))
     return [("affinity", tuple(processors))]
@@ -12272,6 +12293,8 @@ class LimitedCgroup(Cgroup):
 
     def limit_devices(self, rules):
         """The device allow list: written to version 1's controller; version 2 has none."""
+        for index, rule in enumerate(rules):
+            check_device_rule(rule, "config.json: linux.resources.devices[%d]" % index)
         if "devices" not in self.directories:
             if "" in self.directories:
                 attach_device_program(self.directories[""], rules)
@@ -12449,6 +12472,16 @@ def key_values(text):
 def number(value):
     """A device number in the syntax of version 1's list; absent or -1 is any."""
     return "*" if value is None or value < 0 else str(value)
+
+
+def check_device_rule(rule, where):
+    """ConfigError for a rule that neither version could apply."""
+    if (rule.get("type") or "a") not in ("a", "b", "c"):
+        raise ConfigError("%s.type: %r is not a, b or c" % (where, rule["type"]))
+    if set(rule.get("access") or "") - set("rwm"):
+        raise ConfigError("%s.access: %r is not made of r, w and m" % (where, rule["access"]))
+    if max(rule.get("major") or 0, rule.get("minor") or 0) > MAX_MINOR:
+        raise ConfigError("%s: no device has such a number" % where)
 
 
 def is_all(rule):
@@ -12737,7 +12770,7 @@ def device_program(rules):
         tests = []
         kind = rule.get("type") or "a"
         if kind != "a":
-            tests.append((2, BPF_DEVCG["c" if kind == "u" else kind]))
+            tests.append((2, BPF_DEVCG[kind]))
         access = sum(BPF_DEVCG[letter] for letter in set(rule.get("access") or "rwm"))
         tests += [(register, rule[name]) for register, name in ((4, "major"), (5, "minor")) if number(rule.get(name)) != "*"]
         body = []
@@ -15683,12 +15716,11 @@ def shim_main(words):
 def features():
     """What this runtime can do, in the words of the OCI runtime specification (features.md); CRI
     offers recursively read-only mounts where it finds "rro"."""
-    hooks = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
     linux = {"namespaces": sorted(NAMESPACES), "capabilities": ["CAP_" + name for name in CAPABILITIES],
              "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": True},
              "seccomp": {"enabled": True}, "apparmor": {"enabled": True}, "selinux": {"enabled": True},
              "intelRdt": {"enabled": False}, "mountExtensions": {"idmap": {"enabled": True}}}
-    return {"ociVersionMin": "1.0.0", "ociVersionMax": "1.2.0", "hooks": hooks, "linux": linux,
+    return {"ociVersionMin": "1.0.0", "ociVersionMax": "1.2.0", "hooks": HOOK_POINTS, "linux": linux,
             "mountOptions": sorted({*MOUNT_FLAGS, *PROPAGATION, *RECURSIVE_OPTIONS, *EXTENSIONS})}
 
 

@@ -210,6 +210,34 @@ def test_the_kernel_takes_the_program_of_device_rules(group, rules):
     chibishim.attach_device_program(group, rules)
 
 
+@pytest.mark.parametrize("version", ["devices", ""])
+@pytest.mark.parametrize("rule, field", [
+    ({"type": "z"}, "type"), ({"type": "p"}, "type"), ({"access": "rx"}, "access"), ({"type": "c", "minor": 1 << 31}, "number")])
+def test_a_device_rule_that_cannot_be_is_refused(tmp_path, version, rule, field):
+    "N12"
+    group = chibishim.LimitedCgroup({version: str(tmp_path)})
+    with pytest.raises(chibishim.ConfigError, match=r"linux.resources.devices\[1\].*" + field):
+        group.limit_devices([DENY_ALL, dict(rule, allow=True)])
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [{"major": 1 << 33}, {"minor": -1}, {"uid": -7}, {"gid": (1 << 32) - 1}])
+def test_a_device_whose_numbers_cannot_be_is_refused(numbers):
+    "N12"
+    with pytest.raises(chibishim.ConfigError, match=r"linux.devices\[0\]"):
+        plan_of(devices=[dict({"path": "/dev/x", "type": "c", "major": 1, "minor": 3}, **numbers)])
+
+
+@pytest.mark.parametrize("hook, field", [({}, "path"), ({"path": "relative"}, "path"), ({"path": "/a", "timeout": -1}, "timeout"),
+                                         ({"path": "/a", "timeout": 1 << 1100}, "timeout")])
+@pytest.mark.parametrize("point", chibishim.HOOK_POINTS)
+def test_a_hook_that_cannot_be_is_refused(point, hook, field):
+    "N11, N12"
+    config = dict(config_with(), hooks={point: [{"path": "/a", "timeout": 0}, hook]})
+    with pytest.raises(chibishim.ConfigError, match=r"hooks.%s\[1\].%s" % (point, field)):
+        chibishim.check_config(config)
+
+
 @needs_root
 def test_the_device_program_allows_what_the_rules_allow(group, tmp_path):
     nodes = {name: str(tmp_path / name) for name in ("kmsg", "mem")}
@@ -311,7 +339,7 @@ def test_processors_of_an_exec_are_a_list(text, processors):
     assert chibishim.plan_affinity({"execCPUAffinity": {"final": text}}, "initial") == []
 
 
-@pytest.mark.parametrize("text", ["x", "1-", "-1", "0,,1", "0-99999"])
+@pytest.mark.parametrize("text", ["x", "1-", "-1", "0,,1", "0-99999", "3-1", "²"])
 def test_a_list_of_processors_that_is_none_is_refused(text):
     with pytest.raises(chibishim.ConfigError, match="execCPUAffinity"):
         chibishim.plan_affinity({"execCPUAffinity": {"initial": text}}, "initial")
