@@ -13239,6 +13239,7 @@ def do_mount_cgroup(setup, target, flags, attributes):
     do_cgroup(setup)
     directories = setup.cgroup.directories if setup.cgroup else {}
     fd = ensure(setup, target)
+    check_target(setup, fd, target, "cgroup", flags)
     if not directories:
         raise OSError(errno.ENOENT, "mount cgroup at %s: no cgroup here" % target)
     if set(directories) == {""}:
@@ -13277,8 +13278,11 @@ def do_device(setup, path, mode, major, minor, uid, gid, user_namespace):
     parent = ensure(setup, directory_of(path))
     name = name_of(path)
     try:
-        os.mknod(name, mode, os.makedev(major, minor), dir_fd=parent)
-        os.chmod(name, mode & 0o7777, dir_fd=parent)
+        before = os.umask(0)            # no chmod(2) afterwards: that follows a link which another user of a volume has put there
+        try:
+            os.mknod(name, mode, os.makedev(major, minor), dir_fd=parent)
+        finally:
+            os.umask(before)
         os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
     except FileExistsError:
         status = os.stat(name, dir_fd=parent, follow_symlinks=False)
@@ -13331,6 +13335,7 @@ def do_terminal(setup, uid, console):
     fcntl.ioctl(0, TIOCSCTTY, 0)
     if console:
         fd = ensure(setup, "/dev/console", False)
+        check_target(setup, fd, "/dev/console", "bind", MS_BIND)
         mount(fd_path(0), fd_path(fd), None, MS_BIND)
         os.close(fd)
     peer = _socket.socket(fileno=setup.console)

@@ -75,6 +75,45 @@ def test_a_symlink_of_the_image_where_proc_belongs_is_refused(bundle, destinatio
     assert "mount" in text and ("symlink" in text or "/proc" in text)
 
 
+@pytest.mark.parametrize("link, to, mount, terminal", [
+    ("sys/fs/cgroup", "/proc/sys", {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup"}, False),
+    ("dev/console", "/proc/version", {"destination": "/dev/pts", "type": "devpts", "source": "devpts"}, True)],
+    ids=["cgroup", "terminal"])
+def test_a_symlink_of_the_image_leads_no_mount_of_ours_into_proc(bundle, link, to, mount, terminal):
+    "N2: CVE-2019-16884, CVE-2025-52565"
+    path = os.path.join(bundle.path, "rootfs", link)
+    os.makedirs(os.path.dirname(path))
+    os.symlink(to, path)
+    bundle.config["mounts"] = [{"destination": "/proc", "type": "proc", "source": "proc"}, mount]
+    bundle.config["process"]["terminal"] = terminal
+    if terminal:
+        os.symlink("pts/ptmx", os.path.join(bundle.path, "rootfs", "dev", "ptmx"))
+    bundle.output = "/dev/null"
+    bundle.start()
+    assert "inside /proc" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path, terminal=terminal)
+
+
+def test_a_device_is_not_looked_up_twice(tmp_path, monkeypatch):
+    "N2: in a volume that another container has too, a link in its place led chmod(2) to the host's files"
+    victim, volume = tmp_path / "victim", tmp_path / "root" / "volume"
+    victim.write_text("")
+    victim.chmod(0o600)
+    volume.mkdir(parents=True)
+    make = os.mknod
+
+    def make_and_lose(name, *words, **options):
+        make(name, *words, **options)
+        assert os.stat(name, dir_fd=options["dir_fd"]).st_mode & 0o777 == 0o666
+        os.unlink(name, dir_fd=options["dir_fd"])
+        os.symlink(victim, name, dir_fd=options["dir_fd"])
+    monkeypatch.setattr(chibishim.os, "mknod", make_and_lose)
+    setup = chibishim.Setup(None, None, None, -1, -1)
+    setup.root = os.open(tmp_path / "root", os.O_PATH)
+    chibishim.do_device(setup, "/volume/null", 0o020666, 1, 3, 5, 5, False)
+    os.close(setup.root)
+    assert (victim.stat().st_mode & 0o7777, victim.stat().st_uid) == (0o600, 0)
+
+
 def test_a_mount_goes_where_its_target_leads_inside(bundle):
     "N2: CVE-2021-30465"
     rootfs = os.path.join(bundle.path, "rootfs")
