@@ -14832,13 +14832,15 @@ class TaskService:
         if any(step[0] == "rlimit" for step in steps):
             import resource as limits
         libc.prctl(PR_SET_NAME, b"chibishim", 0, 0, 0)      # also loads _ctypes before the fork
-        status, child_status = os.pipe2(os.O_CLOEXEC)
-        child_gate, gate = os.pipe2(os.O_CLOEXEC)
         hooks = None if process.id else lambda point, pid: run_hooks_here(container, point, pid)
-        setup = Setup(container.cgroup, hooks, limits, child_status, child_gate)
-        setup.keep, setup.console = list(keep), process.io.child_console
-        made = []
+        made = []                       # descriptors for the child
         try:
+            process.status, child_status = os.pipe2(os.O_CLOEXEC)
+            made.append(child_status)
+            child_gate, process.gate = os.pipe2(os.O_CLOEXEC)
+            made.append(child_gate)
+            setup = Setup(container.cgroup, hooks, limits, child_status, child_gate)
+            setup.keep, setup.console = list(keep), process.io.child_console
             if spaces.get("user") == "":
                 made.append(make_user_namespace(*maps))
                 spaces["user"] = fd_path(made[-1])
@@ -14846,17 +14848,17 @@ class TaskService:
             pid = fork_into(setup, steps, spaces.get("user"), spaces.get("pid"))
             if not pid:
                 container_child(spec, steps, setup, process.io.child, process.io.names["terminal"])
-        except BaseException:
-            os.close(status)
-            os.close(gate)
-            raise
         finally:
-            for fd in made + [child_status, child_gate]:
+            for fd in made:
                 os.close(fd)
-        process.pid, process.status, process.gate = pid, status, gate
-        process.pidfd = os.pidfd_open(pid)
-        os.set_blocking(status, False)
+        process.pid = pid
         self.children[pid] = lambda code: self.loop.spawn(self.on_exit(container, process, code))
+        try:
+            process.pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, SIGKILL)       # a child that is not reaped yet: no other process has its pid
+            raise
+        os.set_blocking(process.status, False)
         process.io.forked(self.loop)
         if container.cgroup and not setup.adopted:
             try:
@@ -15175,6 +15177,9 @@ class TaskService:
             if container.cgroup.frozen():
                 break
             yield None, 0.005
+        else:
+            self.freeze(container, False)
+            raise RpcError(UNKNOWN_ERROR, "%s: a process of the container does not stop, of a network file system perhaps" % container.id)
         self.publish("/tasks/paused", "TaskPaused", {"container_id": container.id})
         return {}
 
@@ -15658,6 +15663,7 @@ SHIM_SWITCHES = ("debug", "info", "v", "version")
 FEATURES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 UNUSED_EXIT_S = 300                     # so long without a container: containerd has forgotten us
 BUNDLE_CHECK_S = 2
+ACCEPT_PAUSE_S = 0.1
 PROBE_S, JOIN_S = 1, 10
 EXPECT_S = 30                           # so long after `start` at most containerd calls Create
 FLUSH_S = 3
@@ -16000,7 +16006,8 @@ class Shim:
             yield readable(self.listener.fileno())
             try:
                 fd, _ = self.listener._accept()
-            except OSError:
+            except OSError:             # the caller has gone, or no descriptor is left: he stays in the backlog
+                yield None, ACCEPT_PAUSE_S
                 continue
             peer = _socket.socket(fileno=fd)
             _, uid, _ = struct.unpack("3i", peer.getsockopt(_socket.SOL_SOCKET, SO_PEERCRED, 12))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -96,6 +97,16 @@ def codes_of(bundle, method, message):
     for _, body in (bundle.receive() for _ in range(2)):
         codes.append((decode("Response", body)["status"] or {"code": chibishim.OK})["code"])
     return sorted(codes)
+
+
+def descriptors(pid):
+    return {int(name) for name in os.listdir("/proc/%d/fd" % pid)}
+
+
+def time_of(pid):
+    """The seconds of processor time that a process has used."""
+    fields = chibishim.read_text("/proc/%d/stat" % pid).rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.fixture
@@ -537,6 +548,55 @@ def test_a_container_is_deleted_once(bundle, heard):
         assert file.read() == "ran\n"
     until(lambda: "delete" in heard.topics(bundle.id))
     assert heard.topics(bundle.id).count("delete") == 1
+
+
+def test_a_pause_that_does_not_take_hold_is_an_error():
+    "L3: of which no event tells, and all processes go on"
+    class Stubborn:
+        asked = []
+
+        def freeze(self, frozen):
+            self.asked.append(frozen)
+
+        def frozen(self):
+            return False
+    events = []
+    service = chibishim.TaskService(None, lambda *event: events.append(event), "test")
+    service.containers["c"] = container = chibishim.Container("c", "/")
+    container.init = chibishim.Process("", None)
+    container.init.state, container.init.announced, container.cgroup = chibishim.RUNNING, True, Stubborn()
+    with pytest.raises(RpcError, match="does not stop"):
+        list(service.Pause({"id": "c"}))
+    assert (Stubborn.asked, events, service.container("c").state(container.init)) == ([True, False], [], chibishim.RUNNING)
+
+
+def test_a_shim_without_descriptors_loses_none_and_waits(bundle):
+    "L5, T7: each Create that found none had lost two, and connections that could not be accepted kept it busy"
+    bundle.start().fails(chibishim.NOT_FOUND, "State")          # the connection is accepted
+    shim, = bundle.processes()
+    hard = resource.prlimit(shim, resource.RLIMIT_NOFILE)[1]
+    held = descriptors(shim)
+    failures = 0
+    for further in range(24):
+        resource.prlimit(shim, resource.RLIMIT_NOFILE, (max(held) + 1 + further, hard))
+        try:
+            bundle.create()
+        except RpcError as error:
+            assert "Too many open files" in error.args[1]
+            failures += 1
+        else:
+            bundle.call("Delete")
+        assert descriptors(shim) == held
+    assert 5 < failures < 24
+    resource.prlimit(shim, resource.RLIMIT_NOFILE, (max(held) + 1, hard))
+    peers = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for peer in peers:
+        peer.connect(bundle.peer.getpeername())
+    before = time_of(shim)
+    time.sleep(1)
+    assert time_of(shim) - before < 0.2
+    for peer in peers:
+        peer.close()
 
 
 def test_a_signal_does_not_reach_who_has_the_pid_now():
