@@ -712,7 +712,7 @@ IDENTITIES = {}                 # structure of a group -> weak reference to its 
 
 def identify(group):
     """Completes a recursion group, a list of DefinedTypes: sets their identities."""
-    places = {id(type): -1 - place for place, type in enumerate(group)}
+    places = {id(type): -2 - place for place, type in enumerate(group)}     # not -1: its hash is the one of -2
     structure = tuple([type_structure(type, places) for type in group])
     known = IDENTITIES.get(structure)
     identity = known and known()
@@ -732,8 +732,8 @@ def forget_identity(structure):
 
 
 def type_structure(type, places):
-    """A type as nested tuples, in which a type of the same group is its negative
-    place and another one its identity."""
+    """A type as nested tuples, in which a type of the same group is its number in
+    `places`, a negative one, and another one its identity."""
     def value(type):
         if type.__class__ is int or type[0].__class__ is int:
             return type
@@ -1886,7 +1886,8 @@ def do_move(R, d, a, b):
 
 def do_count(R, d, a, b):
     """Counts how much a function executes. `a` is [what is left, …, the tier that wants to
-    know when nothing is]; `d` says of a loop's head what a frame has there."""
+    know when nothing is]; `d` is, at a loop's head, (the head, the types of the operands there),
+    or None where a frame stays in its tier."""
     a[0] -= b
     if a[0] < 0:
         a[-1].heat(a, d)
@@ -3157,6 +3158,7 @@ BR, BR_IF, BR_TABLE, RETURN, CALL, CALL_REF, TAIL_CALL, THROW = range(8)
 CALL_COST = 4                   # a call counts as if it executed that part of the code
 ALIAS_STEPS_PER_BYTE = 64
 OPERAND_STEPS_PER_BYTE = 8
+MAX_LOOP_OPERANDS = 1000        # below a loop at whose head a frame may go over to another tier
 
 
 class Control:
@@ -3247,7 +3249,7 @@ class Translator:
             raise Malformed("END opcode expected")
         constants = [value for _, value in self.constants.values()]
         function.template = self.zeros + [None] * self.deepest + constants[::-1]
-        function.limit = min(MAX_FRAMES, MAX_FRAME_SLOTS // (len(self.locals) + self.deepest + 1))
+        function.limit = min(MAX_FRAMES, MAX_FRAME_SLOTS // (len(function.type.params) + len(function.template) + 1))
         function.entry = entry
         if self.counter and self.counter[0] < 0:
             self.module.tier.heat(self.counter)
@@ -3523,7 +3525,8 @@ class Translator:
         self.finish(BR, head)
         self.block = head
         if self.counter:
-            self.emit(do_count, (head, tuple(self.types)), self.counter, 0)
+            place = (head, tuple(self.types)) if len(self.types) <= MAX_LOOP_OPERANDS else None
+            self.emit(do_count, place, self.counter, 0)
 
     def if_(self, op):
         params, results = self.block_type()

@@ -343,6 +343,29 @@ def test_validation_is_linear(name):
     assert steps(large) / steps(small) < 2 * len(large) / len(small)
 
 
+def test_types_that_refer_to_others_of_their_group_differ_in_their_hashes():
+    "I5: the table of groups would be searched one by one"
+    def group(number):
+        fields = b"".join(b"\x64" + signed_leb128(2 * number + (number >> bit & 1)) + b"\0" for bit in range(8))
+        return b"\x4e\2\x5f\x08" + fields + b"\x5f\0"
+    module = Module(b"\0asm\1\0\0\0" + section(1, *map(group, range(256))))
+    structures = [structure for structure, identity in chibishim.IDENTITIES.items() if identity() is not None]
+    assert len(module.types) == 512 and len(structures) >= 256
+    assert len(set(map(hash, structures))) == len(structures)
+
+
+def test_loops_over_a_high_stack_note_no_more_than_a_few_of_its_types(monkeypatch):
+    "I5: what a tier is told of a loop's head"
+    monkeypatch.setattr(Module, "tier", chibishim.Tier("auto"))
+    count = 2000
+    body = b"\0" + b"\x20\0" * count + b"\3\x40\x0b" * count + b"\x1a" * count + b"\x0b"
+    function = Instance(Module(module_of(body, b"\x60\1\x7f\0"))).functions[0]
+    blocks = chibishim.postorder(chibishim.translated(function), chibishim.targets_of)
+    places = [step[1] for block in blocks for step in block[0] if step[0] is chibishim.do_count]
+    assert len(places) == count + 1
+    assert sum(len(place[1]) for place in places if place) <= chibishim.MAX_LOOP_OPERANDS * 2
+
+
 def test_a_body_that_overdoes_aliases_gets_none():
     "I5: looking for them is as expensive as the stack is high"
     n = 3000
@@ -441,6 +464,15 @@ def test_wide_frames_exhaust_the_stack_before_the_memory(wat, monkeypatch):
     "I4: in the interpreter; native code has no frames for locals that nobody uses"
     monkeypatch.setattr(chibishim.Module, "tier", None)
     text = "(module (func $f (export \"f\") (local %s) (call $f)))" % ("i64 " * 5000)
+    with pytest.raises(Exhaustion, match="call stack exhausted") as caught:
+        run(wat, text)
+    assert len(caught.value.backtrace) * 5000 < chibishim.MAX_FRAME_SLOTS + 10000
+
+
+def test_frames_of_many_constants_exhaust_the_stack_before_the_memory(wat, monkeypatch):
+    "I4"
+    monkeypatch.setattr(chibishim.Module, "tier", None)
+    text = "(module (func $f (export \"f\") %s (call $f)))" % "".join("(drop (i32.const %d))" % n for n in range(5000))
     with pytest.raises(Exhaustion, match="call stack exhausted") as caught:
         run(wat, text)
     assert len(caught.value.backtrace) * 5000 < chibishim.MAX_FRAME_SLOTS + 10000
