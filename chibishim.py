@@ -7092,7 +7092,9 @@ FIRST_COMPILE = 60000               # the tier itself takes some milliseconds to
  SIGNALS, MEMORY_LIMITS) = range(0, 104, 8)
 CONTEXT_TABLES = MEMORY_LIMITS + 8 * SMALL_ENDS
 HELPER_BYTES = 160                  # at most, of the helper stub below the return address
+MAX_SLOTS = 1 << 15                 # of a frame: each step makes masks of that many bits
 MAX_MASK_BITS = 1 << 28             # of a liveness mask for each block
+MAX_PASSES = 64                     # over the blocks, to find liveness; loops in loops take more than others
 MAX_CLAUSES = 100                   # around a call
 FIRST_HANDLE, SWEEP = 0x7265660000000001, 1000     # numbers of references that no other value resembles
 SITES = 1 << 24                     # numbers of helper calls that are no function's index
@@ -7202,8 +7204,9 @@ class Compiler:
         self.trap_labels = {}           # text -> label of what traps with it
         self.traps = []                 # (label, text, at): one place for each access, behind the code
         self.cold = []                  # (label, continue label, step, reads, write, live) …
-        self.loops = {}                 # id of a loop's head -> (head, offset in the code, [(slot, type, home)])
-        self.clauses = {}               # return address in the code -> [(tag, exnref wanted, block, [(home, type)])]
+        self.loops = []                 # (head, offset in the code, mask of what is alive there, types of its operands)
+        self.known_clauses = {}         # id of a catch clause -> what clause() says of it
+        self.clauses = {}               # return address in the code -> [what clause() says]
         self.landings = {}              # number of a block -> offset in the code
         self.scratch = asm.SCRATCH
         self.pending = None             # the condition of a comparison that is in the flags
@@ -7264,9 +7267,10 @@ class Compiler:
         """What the steps of each block are to be compiled by; which variables a block uses and
         defines, as bit masks; and how heavy each variable's uses and definitions are."""
         function, kinds = self.function, KINDS
-        count = 4 * (len(function.type.params) + len(function.template))
-        if count * len(self.blocks) > MAX_MASK_BITS:
-            raise Unsupported("%d blocks with %d variables" % (len(self.blocks), count))
+        slots = len(function.type.params) + len(function.template)
+        count = 4 * slots
+        if slots > MAX_SLOTS or count * len(self.blocks) > MAX_MASK_BITS:
+            raise Unsupported("%d blocks with %d slots" % (len(self.blocks), slots))
         self.weight, self.defined = weight, defined = [0] * count, [0] * count
         self.steps, self.ends, self.uses, self.defines = [], [], [], []
         self.catches = []                               # of each block: see clause()
@@ -7309,7 +7313,7 @@ class Compiler:
                 weight[key] += unit
                 defined[key] += unit
                 written |= 1 << key
-            self.catches.append([self.clause(*clause) for clause in clauses_of(block)])
+            self.catches.append([self.clause(clause) for clause in clauses_of(block)])
             self.steps.append(steps)
             self.ends.append(written)
             self.uses.append(use)
@@ -7373,11 +7377,19 @@ class Compiler:
             return tuple(zip(y, x.type.params if x else (EXNREF,))), ()
         return (), ()
 
-    def clause(self, tag, wants_reference, block, d):
-        """A catch clause as (tag, whether it wants the exnref, the number of its block, [(slot, type)]
-        of the values there)."""
-        types = (tag.type.params if tag else ()) + (EXNREF,) * wants_reference
-        return tag, wants_reference, self.number[id(block)], [(d + index, type) for index, type in enumerate(types)]
+    def clause(self, clause):
+        """A catch clause as (tag, whether it wants the exnref, the number of its block, [(variable, type)]
+        of the values there, the mask of these variables): one for all the calls that it is around."""
+        known = self.known_clauses.get(id(clause))
+        if known is None:
+            tag, wants_reference, block, d = clause
+            types = (tag.type.params if tag else ()) + (EXNREF,) * wants_reference
+            values = [(variable(slot, type), type) for slot, type in enumerate(types, d)]
+            mask = 0
+            for key, _ in values:
+                mask |= 1 << key
+            known = self.known_clauses[id(clause)] = tag, wants_reference, self.number[id(block)], values, mask
+        return known
 
     @staticmethod
     def check_callee(slot, steps):
@@ -7399,9 +7411,11 @@ class Compiler:
         defines = [define | written for define, written in zip(self.defines, self.ends)]
         self.live_in, self.live_out = live_in, live_out = list(self.uses), [0] * count
         self.landing = landing = [0] * count            # what is alive where an exception of the block's end lands
-        changed = True
+        changed, passes = True, 0
         while changed:
-            changed = False
+            changed, passes = False, passes + 1
+            if passes > MAX_PASSES:
+                raise Unsupported("%d entangled blocks" % count)
             for index in range(count - 1, -1, -1):
                 out = 0
                 for target in successors[index]:
@@ -7421,11 +7435,8 @@ class Compiler:
     def find_landing(self, index):
         """The variables that are alive where the clauses of a block lead, but for their own values."""
         alive = 0
-        for _, _, target, values in self.catches[index]:
-            caught = self.live_in[target]
-            for value in values:
-                caught &= ~(1 << variable(*value))
-            alive |= caught
+        for _, _, target, _, values in self.catches[index]:
+            alive |= self.live_in[target] & ~values
         return alive
 
     def find_intervals(self):
@@ -7452,7 +7463,7 @@ class Compiler:
         for mask in self.landing:
             landing |= mask
         taken = ({}, {})                # register -> the blocks where it is
-        self.volatile, self.through = 0, set()
+        self.placed, self.volatile, self.through = 0, 0, set()
         for key in sorted(intervals, key=weight.__getitem__, reverse=True):
             first, last = intervals[key]
             crossed = calls[last] - calls[first] + interruptions[last + 1] - interruptions[first]
@@ -7469,6 +7480,7 @@ class Compiler:
                     continue            # taken, or saving it costs as much
                 registers[register] = blocks | life
                 self.place[key] = register
+                self.placed |= 1 << key
                 if register in unsaved:
                     self.volatile |= 1 << key
                 # A variable that is defined less often than calls interrupt it goes to its home
@@ -7571,17 +7583,16 @@ class Compiler:
 
     def spill(self, mask):
         """Stores variables that are in registers to their homes, unless they are there."""
-        for key in bits_of(mask):
-            if key not in self.through and key in self.place:
+        for key in bits_of(mask & self.placed):
+            if key not in self.through:
                 self.store_home(key, self.place[key])
 
     def reload(self, mask):
         """Loads variables that have registers from their homes."""
         asm = self.asm
         loads = asm.load, asm.float_load, asm.vector_load
-        for key in bits_of(mask):
-            if key in self.place:
-                loads[key & 3](self.place[key], asm.FRAME, self.homes[key])
+        for key in bits_of(mask & self.placed):
+            loads[key & 3](self.place[key], asm.FRAME, self.homes[key])
 
     # -- code --
 
@@ -7679,22 +7690,17 @@ class Compiler:
             step = block[0][0] if block[0] else None
             if step and step[0] is do_count and step[1]:
                 alive, (head, types) = self.live_in[index], step[1]
-                self.loops[id(head)] = head, len(self.asm.code), self.describe(alive, types)
+                self.loops.append((head, len(self.asm.code), alive, types))
                 self.prologue()
                 self.reload(alive)
                 self.asm.jump(self.block_labels[index])
 
     def emit_landings(self):
         """Where exceptions land: the values are in their homes."""
-        for number in sorted({target for clauses in self.catches for _, _, target, _ in clauses}):
+        for number in sorted({target for clauses in self.catches for _, _, target, _, _ in clauses}):
             self.landings[number] = len(self.asm.code)
             self.reload(self.live_in[number])
             self.asm.jump(self.block_labels[number])
-
-    def describe(self, alive, stack_types):
-        """[(slot, type, home relative to the frame)] of the variables that are alive."""
-        types = list(self.local_types) + list(stack_types)
-        return [(key >> 2, types[key >> 2], self.homes[key]) for key in bits_of(alive)]
 
     def emit_traps(self):
         asm = self.asm
@@ -7720,9 +7726,7 @@ class Compiler:
     def note_clauses(self):
         """What precedes is a call; notes where the exceptions that come out of it land."""
         if self.catches[self.index]:
-            self.clauses[len(self.asm.code)] = [
-                (tag, wants_reference, number, [(self.homes.get(variable(*value)), value[1]) for value in values])
-                for tag, wants_reference, number, values in self.catches[self.index]]
+            self.clauses[len(self.asm.code)] = self.catches[self.index]
 
     def trap(self, condition, text):
         """Traps if the condition holds."""
@@ -8521,15 +8525,18 @@ def assembler_here():
 
 
 class NativeCode:
-    """A compiled function: where it is, and how to read its frames."""
+    """A compiled function: where it is, and how to read its frames. `homes` are the offsets of its
+    variables in them, where somebody may ask for one."""
 
-    __slots__ = ("function", "context", "start", "end", "frame", "sites", "layout", "clauses", "landings")
+    __slots__ = ("function", "context", "start", "end", "frame", "sites", "layout", "clauses", "landings", "homes", "locals")
 
     def __init__(self, function, context, start, compiler):
         self.function, self.context, self.start = function, context, start
         self.end, self.frame, self.sites = start + len(compiler.asm.code), compiler.frame, bytes(compiler.sites)
         self.layout = Layout(function.type)
         self.clauses, self.landings = compiler.clauses, compiler.landings
+        self.homes = compiler.homes if compiler.loops or compiler.clauses else None
+        self.locals = compiler.local_types
 
     def offset_at(self, address):
         """The offset in the function's body of the call that returns to `address`."""
@@ -8713,13 +8720,13 @@ class Context:
         the registers of those around it."""
         if error.__class__ is Thrown:
             for code, address, frame in self.frames(base):
-                for tag, wants_reference, number, places in code.clauses.get(address - code.start, ()):
+                for tag, wants_reference, number, places, _ in code.clauses.get(address - code.start, ()):
                     if tag is None or tag is error.tag:
                         values = (error.values if tag else ()) + (error,) * wants_reference
                         error.__traceback__, error.backtrace = None, ()
-                        for value, (home, type) in zip(values, places):
-                            if home is not None:
-                                self.write_value(frame - self.stack.start + home, type, value)
+                        for value, (key, type) in zip(values, places):
+                            if key in code.homes:
+                                self.write_value(frame - self.stack.start + code.homes[key], type, value)
                         return code.start + code.landings[number], frame + self.machine.assembler.RETURN_BYTES
         if hasattr(error, "backtrace"):
             error.backtrace += tuple(self.backtrace(base))
@@ -8963,10 +8970,8 @@ def compile_function(machine, function, locals):
     results = range(len(function.type.results))
     nowhere = None, 0, None, None       # native code adds itself to backtraces
     function.entry = [[(do_enter, None, native, None, None)], RETURN, None, results, nowhere]
-    for head, offset, alive in compiler.loops.values():
-        below = native.frame + compiler.asm.RETURN_BYTES
-        variables = [(slot, type, home - below) for slot, type, home in alive]
-        head[:] = [[(do_enter_loop, None, native, (start + offset, variables), None)], RETURN, None, results, nowhere]
+    for head, offset, alive, types in compiler.loops:
+        head[:] = [[(do_enter_loop, None, native, (start + offset, alive, types), None)], RETURN, None, results, nowhere]
 
 
 def do_enter(R, d, a, b):
@@ -8975,9 +8980,11 @@ def do_enter(R, d, a, b):
 
 
 def do_enter_loop(R, d, a, b):
-    """The rest of a compiled function, from a loop's head on."""
-    address, variables = b
-    R[:] = a.context.run(a, address, [(home, type, R[slot]) for slot, type, home in variables])
+    """The rest of a compiled function, from a loop's head on: what is alive there goes to its homes."""
+    address, alive, types = b
+    types = [*a.locals, *types]
+    below = a.frame + a.context.machine.assembler.RETURN_BYTES
+    R[:] = a.context.run(a, address, [(a.homes[key] - below, types[key >> 2], R[key >> 2]) for key in bits_of(alive)])
 
 
 def choose_tier(mode):

@@ -743,6 +743,66 @@ def test_a_function_of_many_variables_and_blocks_takes_no_gigabytes(tier):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
 
 
+def lines_to_compile(data):
+    """How many lines of Python compiling a module's first function takes: work without a clock."""
+    function, count = Instance(Module(data)).functions[0], 0
+
+    def count_line(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return count_line
+    sys.settrace(count_line)
+    try:
+        chibishim.execute(function, [1] * len(function.type.params))
+    finally:
+        sys.settrace(None)
+    assert is_compiled(function)
+    return count
+
+
+def loops_and_locals(count):
+    """That many loops, while that many locals are alive."""
+    uses = b"".join(b"\x20" + leb128(i) + b"\x21\0" for i in range(count))
+    return module_of(b"\1" + leb128(count) + b"\x7f" + b"\3\x40\x0b" * count + uses + b"\x0b")
+
+
+def calls_and_clauses(count):
+    """That many calls where an exception of that many values is caught."""
+    many = leb128(count) + b"\x7f" * count
+    body = (b"\0\2\2\x1f\x40" + leb128(20) + b"\0\0\0" * 20 + b"\x10\1" * count + b"\x0b" + b"\x41\0" * count + b"\x0b"
+            + b"\x1a" * count + b"\x0b")
+    return (b"\0asm\1\0\0\0" + section(1, b"\x60\0\0", b"\x60" + many + b"\0", b"\x60\0" + many) + section(3, b"\0", b"\0")
+            + section(13, b"\0\1") + section(10, leb128(len(body)) + body, b"\2\0\x0b"))
+
+
+@pytest.mark.parametrize("make", [loops_and_locals, calls_and_clauses])
+def test_compiling_is_linear(tier, make):
+    "I5"
+    tier("native")
+    assert lines_to_compile(make(800)) < 3 * lines_to_compile(make(400))
+
+
+def loops_that_continue_the_one_around(count):
+    """Each has a branch to the head of the one around it, so that liveness takes a pass for each."""
+    body = b"\0\3\x40\x20\0\4\x40\x20\1\x20\0\x6a\x21\1\x0b" + b"\3\x40\x20\0\x0d\1" * count + b"\x0b" * count
+    return module_of(body + b"\x0b\x0b", b"\x60\2\x7f\x7f\0")
+
+
+def operands_on_each_other(count):
+    """A stack that high in one block."""
+    return module_of(b"\0" + b"\x20\0\x45" * count + b"\x1a" * count + b"\x0b", b"\x60\2\x7f\x7f\0")
+
+
+@pytest.mark.parametrize("make, small, large", [
+    (loops_that_continue_the_one_around, 20, 1000), (operands_on_each_other, 1000, chibishim.MAX_SLOTS)])
+def test_what_would_take_long_to_compile_stays_in_the_interpreter(tier, make, small, large):
+    "I5"
+    tier("native")
+    for count, compiled in ((small, True), (large, False)):
+        function = Instance(Module(make(count))).functions[0]
+        assert chibishim.execute(function, [0, 0]) == [] and is_compiled(function) == compiled
+
+
 def test_a_function_of_300_locals_of_each_type(wat, tier):
     count, body, sums = 300, [], []
     for type in ("i32", "i64", "f64"):
