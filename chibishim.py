@@ -8540,11 +8540,10 @@ class NativeCode:
 
     def offset_at(self, address):
         """The offset in the function's body of the call that returns to `address`."""
-        wanted = address - self.start
-        for position, at in struct.iter_unpack("<II", self.sites):
-            if position == wanted:
-                return at
-        return 0
+        from _bisect import bisect_left
+        sites, wanted = memoryview(self.sites).cast("I"), address - self.start
+        index = 2 * bisect_left(sites[::2], wanted)
+        return sites[index + 1] if index < len(sites) and sites[index] == wanted else 0
 
 
 class Context:
@@ -8564,7 +8563,8 @@ class Context:
         self.mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(self.mapping)
         self.address = machine.address_of(self.mapping)
-        self.sites, self.codes = [], []             # of helper calls; NativeCode
+        self.sites = []                 # of helper calls
+        self.codes, self.starts = [], []            # NativeCode, and where each starts, in ascending order
         self.returns = {}               # return address -> NativeCode
         self.mirrors = {}
         self.references, self.handles = {}, {}      # number -> reference, id of a reference -> number
@@ -8744,11 +8744,11 @@ class Context:
         """The NativeCode that a return address lies in, or None."""
         code = self.returns.get(address)
         if code is None:
-            for code in self.codes:
-                if code.start < address <= code.end:
-                    self.returns[address] = code
-                    return code
-            return None
+            from _bisect import bisect_left
+            index = bisect_left(self.starts, address) - 1
+            if index < 0 or address > self.codes[index].end:
+                return None
+            code = self.returns[address] = self.codes[index]
         return code
 
     def frames(self, base):
@@ -8966,6 +8966,7 @@ def compile_function(machine, function, locals):
     start = machine.place(code)
     native = NativeCode(function, context, start, compiler)
     context.codes.append(native)
+    context.starts.append(start)
     context.write(context.functions_offset + 8 * function.index, start)
     results = range(len(function.type.results))
     nowhere = None, 0, None, None       # native code adds itself to backtraces

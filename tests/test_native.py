@@ -743,9 +743,9 @@ def test_a_function_of_many_variables_and_blocks_takes_no_gigabytes(tier):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
 
 
-def lines_to_compile(data):
-    """How many lines of Python compiling a module's first function takes: work without a clock."""
-    function, count = Instance(Module(data)).functions[0], 0
+def lines_of_python(call):
+    """How many lines of Python a call executes: work without a clock."""
+    count = 0
 
     def count_line(frame, event, argument):
         nonlocal count
@@ -753,9 +753,16 @@ def lines_to_compile(data):
         return count_line
     sys.settrace(count_line)
     try:
-        chibishim.execute(function, [1] * len(function.type.params))
+        call()
     finally:
         sys.settrace(None)
+    return count
+
+
+def lines_to_compile(data):
+    """The same of a module's first function, which is compiled and called."""
+    function = Instance(Module(data)).functions[0]
+    count = lines_of_python(function)
     assert is_compiled(function)
     return count
 
@@ -780,6 +787,37 @@ def test_compiling_is_linear(tier, make):
     "I5"
     tier("native")
     assert lines_to_compile(make(800)) < 3 * lines_to_compile(make(400))
+
+
+def calls_in_many_places(count):
+    """f(n) calls itself at place n modulo that many, with n + 1."""
+    return module_of(b"\0" + b"\2\x40" * count + b"\x20\0\x41" + leb128(count) + b"\x70\x0e" + leb128(count - 1) + b"".join(map(leb128, range(count)))
+                     + b"\x0b\x20\0\x41\1\x6a\x10\0" * count + b"\x0b", b"\x60\1\x7f\0")
+
+
+def calls_of_many_functions(count):
+    """Each of that many functions calls the next one, and the last the first."""
+    bodies = [b"\0\x20\0\x10" + leb128((index + 1) % count) + b"\x0b" for index in range(count)]
+    return (b"\0asm\1\0\0\0" + section(1, b"\x60\1\x7f\0") + section(3, *[b"\0"] * count)
+            + section(10, *[leb128(len(body)) + body for body in bodies]))
+
+
+@pytest.mark.parametrize("make", [calls_in_many_places, calls_of_many_functions])
+def test_a_backtrace_of_many_different_calls_is_found_at_once(tier, make):
+    "I5"
+    tier("native")
+
+    def lines_to_trap(count):
+        functions = Instance(Module(make(count))).functions
+        for function in functions:
+            chibishim.translated(function)
+
+        def overflow():
+            with pytest.raises(Exhaustion) as caught:
+                functions[0](0)
+            assert len(caught.value.backtrace) == chibishim.MAX_FRAMES
+        return lines_of_python(overflow)
+    assert lines_to_trap(1600) < 1.5 * lines_to_trap(200)
 
 
 def loops_that_continue_the_one_around(count):
