@@ -4506,6 +4506,7 @@ OLD_DEPTH = 150                     # the same for all calls, before Python 3.11
 MAX_LOOPS = 18                      # nested whiles: CPython has 20
 MAX_IFS = 30                        # nested ifs: its tokenizer has 100 levels for both
 MAX_EXPRESSION = 300                # characters
+MAX_PENDING = 100                   # operands that are not written yet: each step looks at all
 MAX_LINES = 50000
 TRANSCRIBE_COST = 600               # bytes to execute for each byte to transcribe …
 TRANSCRIBE_START = 120000           # … and once
@@ -4991,7 +4992,7 @@ class Transcriber:
         if self.is_impure(d):
             self.settle(d)              # it was dropped, and may trap
         self.pending.pop(d, None)
-        if d >= self.base and not now and len(term.text) < MAX_EXPRESSION:
+        if d >= self.base and not now and len(term.text) < MAX_EXPRESSION and len(self.pending) < MAX_PENDING:
             self.pending[d] = term
             return
         if term.at is not None:
@@ -5186,11 +5187,11 @@ class Scope:
     """The globals of an instance's transcribed functions, `names`: f3 is a function, m0 a memory's
     view, o5 another thing. `depth` is how deep Python's calls were where the interpreter was
     entered; at `limit`, blocks are `chilled`: nothing enters transcribed functions. `blocks` are
-    [(block that enters one, its contents, its contents in the interpreter)], `offsets`
-    {id of a code object: (Function, offsets by line)}."""
+    {Function: [(block that enters it as Python, its contents, its contents in the interpreter)]},
+    `offsets` {id of a code object: (Function, offsets by line)}."""
 
     def __init__(self, instance):
-        self.depth, self.chilled, self.blocks, self.offsets = 0, False, [], {}
+        self.depth, self.chilled, self.blocks, self.offsets = 0, False, {}, {}
         self.limit = sys.getrecursionlimit() // 2 if sys.version_info >= (3, 11) else OLD_DEPTH
         self.calls = Callees(self)
         self.names = {"act": act, "deep": self.deep, "calls": self.calls, "Trap": Trap,
@@ -5271,13 +5272,13 @@ class Scope:
     def chill(self):
         """Lets nothing enter what was transcribed."""
         self.chilled = True
-        for block, _, cold in self.blocks:
-            block[:] = cold
+        for blocks in self.blocks.values():
+            make_cold(blocks)
 
     def warm(self):
         self.chilled = False
-        for block, hot, _ in self.blocks:
-            block[:] = hot
+        for blocks in self.blocks.values():
+            make_hot(blocks)
 
     # -- errors --
 
@@ -5301,6 +5302,18 @@ class Scope:
         return error
 
 
+def make_cold(blocks):
+    """Makes blocks what they are in the interpreter."""
+    for block, _, cold in blocks:
+        block[:] = cold
+
+
+def make_hot(blocks):
+    """Makes blocks enter what was transcribed."""
+    for block, hot, _ in blocks:
+        block[:] = hot
+
+
 def do_enter_python(R, d, a, b):
     """A transcribed function, or the rest of one from a loop's head on; `b` is how much of the
     frame it takes."""
@@ -5319,7 +5332,8 @@ def transcribe(function, locals, place=None):
     scope = function.instance.scope
     if scope is None:
         scope = function.instance.scope = Scope(function.instance)
-    scope.chill()
+    blocks = scope.blocks.setdefault(function, [])
+    make_cold(blocks)
     try:
         block, count = (place[0], len(locals) + len(place[1])) if place else (function.entry, len(function.type.params))
         text, offsets = Transcriber(scope, function, locals, block, count).source("function")
@@ -5333,9 +5347,9 @@ def transcribe(function, locals, place=None):
         results, (body, *end) = range(len(function.type.results)), block
         hot = [[(do_enter_python, None, (scope, run, len(results) == 1), count, None)], RETURN, None, results,
                (None, 0, None, None)]       # it adds itself to backtraces
-        scope.blocks.append((block, hot, [body[1:], *end]))
+        blocks.append((block, hot, [body[1:], *end]))
     finally:
-        scope.warm()
+        make_hot(blocks)
 
 
 class PortableTier:

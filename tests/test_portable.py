@@ -11,7 +11,8 @@ import pytest
 
 import fuzz_native
 from conftest import ROOT
-from test_native import ENDLESS, MUTUAL, TRAPS, check_trap, outcome, run_script, spinning
+from test_engine import leb128, section
+from test_native import ENDLESS, MUTUAL, TRAPS, check_trap, lines_of_python, outcome, run_script, spinning
 from test_native import STAYS as NOT_NATIVE
 
 import chibishim
@@ -197,7 +198,7 @@ def test_a_running_loop_goes_on_in_python_wherever_it_is(wat, tier, depth):
     for x in range(5):
         instance = Instance(module)
         assert instance.exports["f"](x, 3000) == expected[x]
-        entered.add(len(instance.scope.blocks))
+        entered.add(len(instance.scope.blocks[instance.functions[0]]))
     assert is_transcribed(instance.functions[0]) and max(entered) > 1
 
 
@@ -261,6 +262,33 @@ def test_what_python_cannot_say_stays_in_the_interpreter(portable):
       (func (export "g") (param i32) (result i32) (i32.add (call $f (local.get 0)) (i32.const 1))))""" % STAYS)
     assert instance.exports["g"](5) == 16
     assert [is_transcribed(function) for function in instance.functions] == [False, True]
+
+
+def stores_below_many_operands(count):
+    """That many operands that are read last, and that many stores."""
+    body = b"\0" + b"\x20\0\x41\1\x6a" * count + b"\x41\0\x20\0\x36\2\0" * count + b"\x1a" * count + b"\x0b"
+    return (b"\0asm\1\0\0\0" + section(1, b"\x60\1\x7f\0") + section(3, b"\0") + section(5, b"\0\1")
+            + section(10, leb128(len(body)) + body))
+
+
+def calls_of_small_functions(count):
+    """A function that calls each of that many others once."""
+    body = b"\0" + b"".join(b"\x20\0\x10" + leb128(index) for index in range(1, count + 1)) + b"\x0b"
+    return (b"\0asm\1\0\0\0" + section(1, b"\x60\1\x7f\0") + section(3, *[b"\0"] * (count + 1))
+            + section(10, leb128(len(body)) + body, *[b"\2\0\x0b"] * count))
+
+
+@pytest.mark.parametrize("make", [stores_below_many_operands, calls_of_small_functions])
+def test_transcribing_is_linear(tier, make):
+    "I5"
+    tier("portable")
+
+    def lines(count):
+        functions = Instance(Module(make(count))).functions
+        executed = lines_of_python(lambda: functions[0](1))
+        assert all(map(is_transcribed, functions))
+        return executed
+    assert lines(800) < 1.5 * 4 * lines(200)
 
 
 # -- what is transcribed, and what ends it --
