@@ -8542,11 +8542,13 @@ class NativeCode:
     """A compiled function: where it is, and how to read its frames. `homes` are the offsets of its
     variables in them, where somebody may ask for one."""
 
-    __slots__ = ("function", "context", "start", "end", "frame", "sites", "layout", "clauses", "landings", "homes", "locals")
+    __slots__ = ("function", "context", "start", "end", "frame", "sites", "offsets", "layout", "clauses", "landings",
+                 "homes", "locals")
 
     def __init__(self, function, context, start, compiler):
         self.function, self.context, self.start = function, context, start
         self.end, self.frame, self.sites = start + len(compiler.asm.code), compiler.frame, bytes(compiler.sites)
+        self.offsets = None             # {place of a call in the code: its offset}, once somebody asked
         self.layout = Layout(function.type)
         self.clauses, self.landings = compiler.clauses, compiler.landings
         self.homes = compiler.homes if compiler.loops or compiler.clauses else None
@@ -8554,10 +8556,22 @@ class NativeCode:
 
     def offset_at(self, address):
         """The offset in the function's body of the call that returns to `address`."""
-        from _bisect import bisect_left
-        sites, wanted = memoryview(self.sites).cast("I"), address - self.start
-        index = 2 * bisect_left(sites[::2], wanted)
-        return sites[index + 1] if index < len(sites) and sites[index] == wanted else 0
+        if self.offsets is None:
+            self.offsets = dict(struct.iter_unpack("<II", self.sites))
+        return self.offsets.get(address - self.start, 0)
+
+
+def count_below(values, limit):
+    """How many of ascending values are below a limit. Python's module for that may be a file, which nobody
+    sees from within a container."""
+    low, high = 0, len(values)
+    while low < high:
+        middle = (low + high) // 2
+        if values[middle] < limit:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 class Context:
@@ -8758,8 +8772,7 @@ class Context:
         """The NativeCode that a return address lies in, or None."""
         code = self.returns.get(address)
         if code is None:
-            from _bisect import bisect_left
-            index = bisect_left(self.starts, address) - 1
+            index = count_below(self.starts, address) - 1
             if index < 0 or address > self.codes[index].end:
                 return None
             code = self.returns[address] = self.codes[index]
