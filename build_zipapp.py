@@ -141,8 +141,6 @@ else:
 gc.freeze()
 gc.enable()
 status = module.main(sys.argv)
-if sys.stdout:
-    sys.stdout.flush()
 posix._exit(status)
 """
 

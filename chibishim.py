@@ -10470,12 +10470,32 @@ def default_signals():
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 
+STREAMS = ("standard input", "standard output", "standard error")
+
+
+def write_lines(lines):
+    """Lines on stdout, without control characters; an OSError that names it."""
+    try:
+        with open(1, "wb", closefd=False) as out:
+            for line in lines:
+                out.write((printable(line) + "\n").encode("utf-8", "replace"))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, STREAMS[1]) from None
+
+
 def report(text):
     """One line on stderr, bounded and without control characters."""
     try:
         os.write(2, (printable(text[:1000]) + "\n").encode("utf-8", "replace"))
     except OSError:
         pass                            # nobody listens
+
+
+def reason(error):
+    """What people read of an error: an OSError's file, if it knows one, and text."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return (error.filename + ": " if isinstance(error.filename, str) else "") + (error.strerror or str(error))
 
 
 def printable(text):
@@ -14784,8 +14804,7 @@ class TaskService:
             yield from self.tear_down(container)
             if not isinstance(error, (ContainerError, ConfigError, OSError)):
                 raise
-            text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-            raise RpcError(UNKNOWN_ERROR, "create container %s: %s" % (id, text)) from None
+            raise RpcError(UNKNOWN_ERROR, "create container %s: %s" % (id, reason(error))) from None
         finally:
             if not container.init.kind:
                 self.forget(container)
@@ -14988,7 +15007,7 @@ class TaskService:
                 yield container.init.exited, 1
             if is_dead(container.init):         # whatever that made fail
                 raise RpcError(FAILED_PRECONDITION, "exec %s: the container's process has ended" % process.id) from None
-            raise RpcError(UNKNOWN_ERROR, "exec %s: %s" % (process.id, getattr(error, "strerror", None) or error)) from None
+            raise RpcError(UNKNOWN_ERROR, "exec %s: %s" % (process.id, reason(error))) from None
 
     def release(self, container, process):
         """Start's second half: the guest runs from here on."""
@@ -15253,7 +15272,7 @@ class TaskService:
                 raise ConfigError("%s: the container has no cgroup" % container.id)
             limit_cgroup(container.cgroup, resources)
         except (ConfigError, OSError) as error:
-            raise RpcError(INVALID_ARGUMENT, str(getattr(error, "strerror", None) or error)) from None
+            raise RpcError(INVALID_ARGUMENT, reason(error)) from None
         return {}
 
     def Exec(self, request):
@@ -15693,6 +15712,7 @@ def run_hooks_here(container, point, pid):
 
 SOCKET_DIRECTORY = "/run/containerd/s"
 MAX_SOCKET_PATH = 106
+SOCKET_NAME_BYTES = 65                  # a slash and a SHA-256 in hexadecimal
 GROUP_ANNOTATIONS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 TASK_SERVICES = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 EVENT_TYPES = "containerd.events."
@@ -15743,8 +15763,9 @@ def shim_main(words):
     """The command line of containerd's shims; returns the exit status."""
     flags, rest = parse_flags(words)
     if flags.get("v") or flags.get("version"):
-        sys.stdout.write("containerd-shim-chibiwasm-v1:\n  Version:  %s\n  Python:   %s\n  Native:   %s\n" % (
-            VERSION, sys.version.split()[0], native_status()))
+        default_signals()
+        write_lines(["containerd-shim-chibiwasm-v1:", "  Version:  " + VERSION, "  Python:   " + sys.version.split()[0],
+                     "  Native:   " + native_status()])
         return 0
     if flags.get("info"):
         info = encode("RuntimeInfo", {"name": "io.containerd.chibiwasm.v1", "version": {"version": VERSION},
@@ -15759,7 +15780,7 @@ def shim_main(words):
         if not valid_id(flags["id"]):
             raise UsageError("-id %r is no container id" % flags["id"][:100])
         return actions[rest[0]](flags)
-    raise UsageError("a shim is started by containerd; see --help for what people can do with it")
+    raise UsageError("%s: a shim is started by containerd; see --help for what people can do with it" % " ".join(rest[:1] or words))
 
 
 def features():
@@ -16370,6 +16391,7 @@ DEFAULT_MOUNTS = (
     ("/dev/shm", "tmpfs", "shm", ("nosuid", "noexec", "nodev", "mode=1777", "size=65536k")),
 )
 DEFAULT_MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/scsi"]
+FORWARDED_SIGNALS = (SIGHUP, SIGINT, 3, 10, 12, 14, SIGTERM)    # and SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM
 DEFAULT_READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 
 
@@ -16396,6 +16418,32 @@ def parse_options(words, known, flags=()):
             position += 1
         options[name].append(value)
     return options, words[position:]
+
+
+def split_pair(option, text, form):
+    """'a=b' as ('a', 'b'); `form` says how it is written."""
+    left, found, right = text.partition("=")
+    if not found or not left:
+        raise UsageError("--%s %s: write it as %s" % (option, text, form))
+    return left, right
+
+
+def split_directory(text):
+    """--dir's value as (host path, guest path, whether read-only)."""
+    host, _, rest = text.partition("::")
+    guest, colons, mode = rest.partition("::")
+    if not host or colons and mode != "ro":
+        raise UsageError("--dir %s: write it as HOST, HOST::GUEST or HOST::GUEST::ro" % text)
+    return host, guest or host, bool(mode)
+
+
+def plug_closed_streams():
+    """Takes the numbers of standard streams that are closed: the next file opened would be one."""
+    for fd in 0, 1, 2:
+        try:
+            os.fstat(fd)
+        except OSError:
+            plug(fd)
 
 
 def map_file(path):
@@ -16444,20 +16492,21 @@ def enter_user_namespace():
     uid, gid = os.geteuid(), os.getegid()
     try:
         libc.unshare(CLONE_NEWUSER | CLONE_NEWNS)
-    except OSError as error:
-        raise ContainerError("no user namespace for an ordinary user (%s); run as root, or see sysctl "
-                             "kernel.unprivileged_userns_clone and user.max_user_namespaces" % os.strerror(error.errno)) from None
-    write_text("/proc/self/setgroups", "deny")
-    write_text("/proc/self/uid_map", "0 %d 1" % uid)
-    write_text("/proc/self/gid_map", "0 %d 1" % gid)
-    mount(None, "/", None, MS_SLAVE | MS_REC)
+        write_text("/proc/self/setgroups", "deny")
+        write_text("/proc/self/uid_map", "0 %d 1" % uid)
+        write_text("/proc/self/gid_map", "0 %d 1" % gid)
+        mount(None, "/", None, MS_SLAVE | MS_REC)
+    except OSError as error:            # with AppArmor there is one, in which nothing is allowed
+        raise ContainerError("no user namespace for an ordinary user (%s); run as root, or see sysctl kernel.unprivileged_userns_clone, "
+                             "user.max_user_namespaces and kernel.apparmor_restrict_unprivileged_userns" % os.strerror(error.errno)) from None
 
 
 def default_config(module, arguments, environment, directories, rootless):
-    """config.json of a container with nothing but a module in it: no capability, no network."""
+    """config.json of a container with nothing but a module in it: no capability, no network, and no cgroup if
+    they are somebody else's."""
     mounts = [{"destination": d, "type": t, "source": s, "options": list(o)} for d, t, s, o in DEFAULT_MOUNTS]
-    mounts += [{"destination": guest, "type": "bind", "source": absolute_path(host), "options": ["rbind", "nosuid", "nodev"]}
-               for host, guest in directories]
+    mounts += [{"destination": guest, "type": "bind", "source": absolute_path(host),
+                "options": ["rbind", "nosuid", "nodev"] + ["rro"] * readonly} for host, guest, readonly in directories]
     config = {
         "ociVersion": "1.0.2", "hostname": "chibishim", "root": {"path": "rootfs"}, "mounts": mounts,
         "process": {"args": ["/" + module] + arguments, "env": environment, "cwd": "/", "user": {"uid": 0, "gid": 0},
@@ -16475,51 +16524,92 @@ def command_container(words):
     import json
     import shutil
     import tempfile
+    plug_closed_streams()
     options, rest = parse_options(words, ("dir", "env"))
     if not rest:
         raise UsageError("container needs a MODULE; see --help")
-    path, arguments = rest[0], rest[1:]
-    directories = [(host, guest or host) for host, _, guest in (d.partition("::") for d in options["dir"])]
-    for host, guest in directories:
-        if not exists(host) or not guest.startswith("/"):
-            raise UsageError("--dir %s::%s: the host's must exist, the guest's be absolute" % (host, guest))
+    name, arguments = name_of(rest[0]), rest[1:]
+    directories = [split_directory(text) for text in options["dir"]]
+    for host, guest, _ in directories:
+        os.stat(host)
+        if not guest.startswith("/"):
+            raise UsageError("--dir %s: a mount's place is an absolute path; write it as HOST::/GUEST" % host)
+    for pair in options["env"]:
+        split_pair("env", pair, "NAME=VALUE")
+    require_utf8(name, *arguments, *options["env"], *options["dir"])
+    module = read_module(rest[0])
     rootless = os.geteuid() != 0
+    signals = catch_signals()
     scratch = tempfile.mkdtemp(prefix="chibishim-")
     try:
-        name = name_of(path)
+        if len(scratch) + SOCKET_NAME_BYTES > MAX_SOCKET_PATH:
+            raise ContainerError("%s: too long a name for a socket's; set TMPDIR to a shorter one" % directory_of(scratch))
         rootfs = join_path(scratch, "bundle", "rootfs")
         make_directories(rootfs, 0o755)
-        shutil.copyfile(path, join_path(rootfs, name))
+        write_file(join_path(rootfs, name), module)
         os.chmod(join_path(rootfs, name), 0o755)
-        config = default_config(name, arguments, options["env"], directories, rootless)
-        with open(join_path(scratch, "bundle", "config.json"), "w") as file:
-            json.dump(config, file)
+        config = default_config(name, arguments, options["env"], directories, rootless or in_user_namespace())
+        write_file(join_path(scratch, "bundle", "config.json"), json.dumps(config).encode())
         if rootless:
             enter_user_namespace()
-        return Driver(scratch).run()
+        return Driver(scratch, signals).run()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require_utf8(*words):
+    """What goes into JSON has to be Unicode; UsageError names the word."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UsageError("%s: not in UTF-8, as a container's configuration has to be" % word) from None
+
+
+def write_file(path, data):
+    """A file of any size; the OSError names it, also where the disk is full."""
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def catch_signals():
+    """Has the signals that end a process noted in a pipe, and returns its read end: they are meant for
+    the guest, and what we made has to be removed. What was ignored stays so, as under nohup(1)."""
+    import _signal
+    wake, poke = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    for number in FORWARDED_SIGNALS:
+        if _signal.getsignal(number) != _signal.SIG_IGN:
+            _signal.signal(number, lambda number, frame: None)
+    _signal.signal(SIGPIPE, _signal.SIG_IGN)
+    _signal.set_wakeup_fd(poke, warn_on_full_buffer=False)
+    return wake
 
 
 class Driver:
     """Stands in for containerd for the length of one container."""
 
-    def __init__(self, scratch):
+    def __init__(self, scratch, signals):
         self.scratch = scratch
+        self.signals = signals          # see catch_signals
         self.bundle = join_path(scratch, "bundle")
         self.id = "c%d" % os.getpid()
         self.loop = Loop()
-        self.client = None
+        self.socket = None              # the shim's
         self.result = None              # exit status, or the error
+        self.broken = None              # the OSError of an output stream of ours
         self.done = False
 
     def shim(self, action, data=b""):
-        """Runs the shim's command as containerd does; returns what it printed."""
+        """Runs the shim's command as containerd does; returns what it printed. A terminal's Ctrl-C is
+        for us alone, hence the session."""
         import subprocess
         words = [sys.executable, "-IS", absolute_path(sys.argv[0]), "-namespace", "local", "-address",
                  join_path(self.scratch, "none.sock"), "-publish-binary", "", "-id", self.id]
         done = subprocess.run(words + (["-bundle", self.bundle] if action == "delete" else []) + [action], input=data,
-                              cwd=self.bundle, stdout=subprocess.PIPE)
+                              cwd=self.bundle, stdout=subprocess.PIPE, start_new_session=True)
         if done.returncode:
             raise ContainerError("the shim's %s failed with status %d" % (action, done.returncode))
         return done.stdout
@@ -16530,15 +16620,17 @@ class Driver:
         for path in fifos.values():
             os.mkfifo(path, 0o600)
         params = encode("BootstrapParams", {"instance_id": self.id, "namespace": "local", "socket_dir": self.scratch})
-        address = self.shim("start", params).decode()
+        self.socket = self.shim("start", params).decode()[len("unix://"):]
         try:
-            self.loop.spawn(self.converse(Client(address[len("unix://"):]), fifos))
+            self.loop.spawn(self.converse(Client(self.socket), fifos))
             self.loop.run(lambda: self.done)
         finally:
             self.shim("delete")
         if isinstance(self.result, Exception):
             raise ContainerError(str(self.result.args[-1]))
-        return self.result
+        if self.broken and self.broken.errno != errno.EPIPE:
+            raise self.broken
+        return 128 + SIGPIPE if self.broken else self.result
 
     def call(self, client, method, message):
         """A task: one call of the task service, dicts in and out."""
@@ -16547,51 +16639,60 @@ class Driver:
         return decode(response, answer)
 
     def converse(self, client, fifos):
-        """The calls in containerd's order."""
+        """The container's life, and its end however far it came."""
         copies = []
         try:
-            for name, fd in (("stdout", 1), ("stderr", 2)):
-                source = os.open(fifos[name], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                copies.append(Event())
-                self.loop.spawn(self.copy_out(source, fd, copies[-1]))
-            yield from self.call(client, "Create", {"id": self.id, "bundle": self.bundle, **fifos})
-            self.loop.spawn(self.copy_in(fifos["stdin"], client.path))
-            self.loop.spawn(self.forward_signals(client.path))
-            yield from self.call(client, "Start", {"id": self.id})
-            answer = yield from self.call(client, "Wait", {"id": self.id})
-            self.result = answer["exit_status"]
-            yield from self.call(client, "Delete", {"id": self.id})
+            yield from self.live(client, fifos, copies)
         except (RpcError, OSError) as error:
             self.result = error
-        try:
-            yield from self.call(client, "Shutdown", {"id": self.id})
-        except (RpcError, OSError):
-            pass                        # it may be faster than its answer
-        for copied in copies:
-            yield copied, 1
+            yield from self.attempt("Kill", signal=SIGKILL)
+            yield from self.attempt("Wait")
+        yield from self.attempt("Delete")
+        yield from self.attempt("Shutdown")
+        for copied in copies:           # the shim has closed them, unless it could not
+            yield copied, 1 if isinstance(self.result, Exception) else None
         self.done = True
 
+    def live(self, client, fifos, copies):
+        """The calls in containerd's order; an Event is added to `copies` for each stream, for when it is copied."""
+        for name, fd in (("stdout", 1), ("stderr", 2)):
+            source = os.open(fifos[name], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            copies.append(Event())
+            self.loop.spawn(self.copy_out(source, fd, copies[-1]))
+        yield from self.call(client, "Create", {"id": self.id, "bundle": self.bundle, **fifos})
+        self.loop.spawn(self.copy_in(fifos["stdin"]))
+        yield from self.call(client, "Start", {"id": self.id})
+        self.loop.spawn(self.forward_signals())
+        answer = yield from self.call(client, "Wait", {"id": self.id})
+        self.result = answer["exit_status"]
+
     def copy_out(self, source, target, copied):
-        """The guest's output to ours, until the shim has closed the fifo."""
-        started = False
+        """The guest's output to ours, until the shim has closed the fifo. If ours cannot be written to, the
+        guest is ended, and what it has written is dropped: it would wait for ever."""
+        started = broken = False
         while True:
             try:
                 data = os.read(source, COPY_BYTES)
-                if data:
-                    started = True
-                    os.write(target, data)
-                elif self.result is not None or started:
-                    break
-                else:
-                    yield None, 0.005   # nobody has opened the other end yet
             except BlockingIOError:
                 started = True
                 yield readable(source)
-            except BrokenPipeError:
+                continue
+            if not data and (started or self.result is not None):
                 break
+            if not data:
+                yield None, 0.005       # nobody has opened the other end yet
+                continue
+            started = True
+            try:
+                if not broken:
+                    yield from write_all(target, data)
+            except OSError as error:
+                broken = True
+                self.broken = OSError(error.errno, error.strerror, STREAMS[target])
+                yield from self.attempt("Kill", signal=SIGPIPE)
         copied.happen()
 
-    def copy_in(self, fifo, path):
+    def copy_in(self, fifo):
         """Our input to the guest, then CloseIO."""
         sink = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -16604,25 +16705,24 @@ class Driver:
         except OSError:
             pass
         os.close(sink)
-        try:
-            yield from self.call(Client(path), "CloseIO", {"id": self.id, "stdin": True})
-        except (RpcError, OSError):
-            pass                        # it has ended meanwhile
+        yield from self.attempt("CloseIO", stdin=True)
 
-    def forward_signals(self, path):
+    def forward_signals(self):
         """What somebody sends us is meant for the guest."""
-        import _signal
-        wake, poke = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in (SIGHUP, SIGINT, SIGTERM, 3, 10, 12):
-            _signal.signal(number, lambda number, frame: None)
-        _signal.set_wakeup_fd(poke, warn_on_full_buffer=False)
         while True:
-            yield readable(wake)
-            for number in os.read(wake, 64):
-                try:
-                    yield from self.call(Client(path), "Kill", {"id": self.id, "signal": number})
-                except (RpcError, OSError):
-                    pass
+            yield readable(self.signals)
+            for number in os.read(self.signals, 64):
+                yield from self.attempt("Kill", signal=number)
+
+    def attempt(self, method, **message):
+        """A task: a call by a connection of its own, for the other may be waiting. There may be no container,
+        or no longer, and the shim may be faster than its answer."""
+        client = Client(self.socket)
+        try:
+            yield from self.call(client, method, {"id": self.id, **message})
+        except (RpcError, OSError):
+            pass
+        client.close()
 
 
 def command_image(words):
@@ -16635,16 +16735,30 @@ def command_image(words):
         raise UsageError("write it as: image MODULE -o FILE [-t REF] [--platform OS/ARCH]")
     path = rest[0]
     name = name_of(path)
-    reference = options["t"][-1] if options["t"] else "docker.io/library/%s:latest" % name.rpartition(".")[0].lower()
     os_name, slash, architecture = (options["platform"] or ["linux/" + go_architecture()])[-1].partition("/")
-    if not slash:
-        raise UsageError("--platform %s: write it as OS/ARCH, wasi/wasm for example" % os_name)
-    with open(path, "rb") as file:
-        data = file.read()
-    if data[:4] != WASM_MAGIC:
-        raise UsageError("%s is no WebAssembly module" % path)
-    write_image(options["o"][-1], name, data, reference, os_name, architecture)
+    if not os_name or not architecture:
+        raise UsageError("--platform %s: write it as OS/ARCH, wasi/wasm for example" % (os_name + slash + architecture))
+    require_utf8(name, os_name, architecture)
+    data = read_module(path)
+    try:
+        Module(data)
+    except WasmError as error:
+        raise UsageError("%s: %s: %s" % (path, error.__class__.__name__.lower(), error)) from None
+    write_image(options["o"][-1], name, data, image_reference(options["t"], name), os_name, architecture)
     return 0
+
+
+def image_reference(given, name):
+    """The last of -t's values, or else a name like the module's; UsageError if registries' clients refuse it (the
+    grammar of the distribution project's package `reference`)."""
+    import re
+    stem, dot, _ = name.rpartition(".")
+    reference = given[-1] if given else "docker.io/library/%s:latest" % (stem if dot else name).lower()
+    part = "[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+    if not re.fullmatch(r"(?:(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::\d+)?/)?%s(?:/%s)*(?::\w[\w.-]*)?(?:@\w+:[0-9a-f]+)?" % (part, part),
+                        reference, re.ASCII):
+        raise UsageError("%s is no name for an image; write -t NAME:TAG, in small letters" % (reference or "nothing"))
+    return reference
 
 
 def go_architecture():
@@ -16663,7 +16777,7 @@ def write_image(output, name, module, reference, os_name, architecture):
 
     def archive(members):
         buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for path, data in members:
                 info = tarfile.TarInfo(path)
                 info.size, info.mode = len(data), 0o755
@@ -16685,13 +16799,11 @@ def write_image(output, name, module, reference, os_name, architecture):
     manifest["annotations"] = {"io.containerd.image.name": reference,
                                "org.opencontainers.image.ref.name": reference.rpartition(":")[2]}
     index = json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode()
-    with open(output, "wb") as file:
-        file.write(archive([("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), ("index.json", index)] + blobs))
+    write_file(output, archive([("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), ("index.json", index)] + blobs))
 
 
 def command_inspect(words):
     """chibishim inspect: what a module needs and offers, or its functions' text."""
-    default_signals()
     at = next((at for at, word in enumerate(words) if word.partition("=")[0] == "--disassemble"), None)
     function, rest = None, words
     if at is not None:
@@ -16703,8 +16815,7 @@ def command_inspect(words):
     path = rest[0]
     try:
         module = Module(read_module(path))
-        for line in describe(module, path) if at is None else disassemble(module, function):
-            sys.stdout.buffer.write((printable(line) + "\n").encode("utf-8", "replace"))
+        write_lines(describe(module, path) if at is None else disassemble(module, function))
     except WasmError as error:
         raise UsageError("%s: %s: %s" % (path, error.__class__.__name__.lower(), error)) from None
     except KeyError:
@@ -16750,7 +16861,7 @@ run [OPTION…] MODULE [ARGUMENT…]         run a module as an ordinary process
                              nothing (default: the environment's CHIBISHIM_TIER, or auto)
 
 container [OPTION…] MODULE [ARGUMENT…]   run it in a container, as root or without
-  --dir HOST[::GUEST]        mount a directory (at GUEST, an absolute path)
+  --dir HOST[::GUEST[::ro]]  mount a directory (at GUEST, an absolute path; read-only)
   --env NAME=VALUE           set an environment variable of the guest
 
 image MODULE -o FILE [-t REF] [--platform OS/ARCH]
@@ -16762,23 +16873,6 @@ inspect [--disassemble [FUNC]] MODULE
 
 containerd calls it with -namespace … -id … start, or delete; -info and -v tell what it is.
 """
-
-
-def split_pair(option, text, separator):
-    """'a=b' as ('a', 'b')."""
-    left, found, right = text.partition(separator)
-    if not found or not left:
-        raise UsageError("--%s %s: write it as LEFT%sRIGHT" % (option, text, separator))
-    return left, right
-
-
-def split_directory(text):
-    """--dir's value as (host path, guest path, whether read-only)."""
-    host, _, rest = text.partition("::")
-    guest, colons, mode = rest.partition("::")
-    if not host or colons and mode != "ro":
-        raise UsageError("--dir %s: write it as HOST, HOST::GUEST or HOST::GUEST::ro" % text)
-    return host, guest or host, bool(mode)
 
 
 def tcp_listener(text):
@@ -16800,15 +16894,6 @@ def tcp_listener(text):
     return listener.detach()
 
 
-def plug_closed_streams():
-    """Takes the numbers of standard streams that are closed: the next file opened would be one."""
-    for fd in 0, 1, 2:
-        try:
-            os.fstat(fd)
-        except OSError:
-            plug(fd)
-
-
 def command_run(words):
     """chibishim run: a module without a container."""
     plug_closed_streams()
@@ -16820,11 +16905,11 @@ def command_run(words):
     argv0 = options["argv0"][-1] if options["argv0"] else name_of(path)
     preopens = [split_directory(text) for text in options["dir"]]
     for pair in options["env"]:
-        split_pair("env", pair, "=")
-    preloads = [(name, read_module(file)) for name, file in (split_pair("preload", p, "=") for p in options["preload"])]
+        split_pair("env", pair, "NAME=VALUE")
+    preloads = [(name, read_module(file)) for name, file in (split_pair("preload", p, "NAME=FILE") for p in options["preload"])]
     function = options["invoke"][-1] if options["invoke"] else "_start"
     listeners = [tcp_listener(text) for text in options["tcplisten"]]
-    bounds = [parse_bound(options, name, number) for name, number in (("fuel", int), ("timeout", float))]
+    bounds = [parse_bound(options, *bound) for bound in (("fuel", int, 1e18), ("timeout", float, 1e9))]
     tier = options["tier"][-1] if options["tier"] else None
     if tier and tier not in MODES:
         raise UsageError("--tier %s: one of %s" % (tier, ", ".join(MODES)))
@@ -16832,14 +16917,14 @@ def command_run(words):
                        bool(options["trace"]), *bounds, tier)
 
 
-def parse_bound(options, name, number):
-    """The value of --fuel or --timeout, positive and finite; None without."""
+def parse_bound(options, name, number, limit):
+    """The value of --fuel or --timeout, positive and below the limit; None without."""
     try:
         bound = number(options[name][-1]) if options[name] else None
     except ValueError:
         bound = 0
-    if bound is not None and not 0 < bound < 1e18:
-        raise UsageError("--%s %s: write a number above 0" % (name, options[name][-1]))
+    if bound is not None and not 0 < bound < limit:
+        raise UsageError("--%s %s: write a number above 0 and below %g" % (name, options[name][-1], limit))
     return bound
 
 
@@ -16853,23 +16938,23 @@ def main(argv):
     try:
         if sys.version_info < (3, 10):
             raise UsageError("this takes CPython 3.10 or later, and is run by %s" % sys.version.split()[0])
-        if not words or words[0] in ("--help", "-h", "help") or "--help" in words[1:2]:
-            sys.stdout.write(USAGE % program)
-            return 0 if words else 2
-        if words[0].startswith("-"):
+        if words and words[0].startswith("-") and words[0] not in ("--help", "-h"):
             return shim_main(words)
+        default_signals()
+        if not words or words[0] in ("--help", "-h", "help") or "--help" in words[1:2]:
+            write_lines((USAGE % program).splitlines())
+            return 0 if words else 2
         if words[0] not in COMMANDS:
             raise UsageError("unknown command %s; see --help" % words[0])
         return COMMANDS[words[0]](words[1:])
     except UsageError as error:
         report("%s: %s" % (program, error))
         return 2
-    except (ContainerError, ConfigError) as error:
-        report("%s: %s" % (program, error))
-        return 1
-    except OSError as error:
-        report("%s: %s%s" % (program, error.filename + ": " if isinstance(error.filename, str) else "", error.strerror))
-        return 1
+    except (ContainerError, ConfigError, OSError) as error:
+        report("%s: %s" % (program, reason(error)))
+    except MemoryError:
+        report("%s: not enough memory" % program)
+    return 1
 
 
 if __name__ == "__main__":
