@@ -152,7 +152,9 @@ SHEBANG_BYTES = 127
 
 
 def shebang(python):
-    """The first line: an isolated Python without site."""
+    """The first line: an isolated Python without site. The kernel looks for no name in PATH, and ends it at a blank."""
+    if not os.path.isabs(python) or len(python.split()) != 1:
+        sys.exit("build_zipapp: --python %s: a first line takes an absolute path without blanks" % python)
     for command in (COMMAND, ""):
         line = b"#!%s -IS%s\n" % (os.fsencode(python), command.encode())
         if len(line) <= SHEBANG_BYTES:
@@ -176,7 +178,9 @@ def compile_with(python, source):
         if last.startswith("SyntaxError"):
             sys.exit("build_zipapp: chibishim.py, by %s: %s" % (python, last))
         raise OSError(last)
-    head, code = done.stdout.split(b"\n", 1)
+    head, newline, code = done.stdout.partition(b"\n")
+    if not newline:
+        raise OSError("no Python: it printed nothing")
     magic, *sizes = head.decode().split()
     return magic, code, list(map(int, sizes))
 
@@ -188,6 +192,9 @@ def default_python():
 
 def build(output, python, compilers, required):
     """Writes the archive; returns the versions it holds compiled code for."""
+    first = shebang(python)
+    if os.path.exists(output) and not os.path.isfile(output):
+        sys.exit("build_zipapp: --output %s: there is something that is no file" % output)
     with open(os.path.join(HERE, "chibishim.py"), "rb") as file:
         source = file.read()
     compiled = {}
@@ -202,7 +209,7 @@ def build(output, python, compilers, required):
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     temporary = output + ".new"
     with open(temporary, "wb") as file:
-        file.write(shebang(python))
+        file.write(first)
         with zipfile.ZipFile(file, "w") as archive:
             table = {}
             for magic in sorted(compiled):
@@ -235,7 +242,10 @@ def main():
     parser.add_argument("--no-compile", action="store_true", help="ship source only")
     options = parser.parse_args()
     compilers = [] if options.no_compile else options.compile_for or candidates()
-    done = build(options.output, options.python, compilers, bool(options.compile_for))
+    try:
+        done = build(options.output, options.python, compilers, bool(options.compile_for))
+    except OSError as error:
+        sys.exit("build_zipapp: %s" % error)
     print("%s: %d bytes, #!%s -IS, compiled for %s" % (
         os.path.relpath(options.output), os.path.getsize(options.output), options.python, ", ".join(done) or "no Python: runs from source"))
 

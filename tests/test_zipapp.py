@@ -126,3 +126,13 @@ def test_an_interpreter_that_is_named_must_be_there(tmp_path):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "build_zipapp.py"), "--output", str(tmp_path / "shim"),
                            "--compile-for", "/absent/python3"], stderr=subprocess.PIPE)
     assert done.returncode != 0 and b"/absent/python3" in done.stderr
+
+
+@pytest.mark.parametrize("options", [["--python", "python3"], ["--python", "/a b/python3"], ["--compile-for", "/bin/true"],
+                                     ["--output", "fifo"], ["--output", "/proc/shim"]], ids=" ".join)
+def test_what_cannot_be_built_is_said_and_nothing_replaced(tmp_path, options):
+    os.mkfifo(tmp_path / "fifo")
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "build_zipapp.py"), "--output", "shim", *options], cwd=tmp_path,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1) and options[1].encode() in done.stderr
+    assert os.listdir(tmp_path) == ["fifo"] and not os.path.isfile(tmp_path / "fifo")
