@@ -9035,7 +9035,7 @@ def native_status():
                          "; hot functions become Python" if tier else "")
 
 
-Module.tier = choose_tier(environment("CHIBISHIM_TIER", "auto"))
+Module.tier = choose_tier(environment("CHIBISHIM_TIER") or "auto")
 
 
 # === 16. Reading and debugging ================================================
@@ -15737,6 +15737,20 @@ class UsageError(Exception):
     """The command line is wrong; the text says how to mend it."""
 
 
+def check_tier(origin, mode):
+    """UsageError if there is no such tier; a misspelt one must not become another."""
+    if mode not in MODES:
+        raise UsageError("%s %s: one of %s" % (origin, mode, ", ".join(MODES)))
+
+
+def check_environment():
+    """UsageError for what nobody can follow."""
+    check_tier("CHIBISHIM_TIER", environment("CHIBISHIM_TIER") or "auto")
+    group = environment("CHIBISHIM_GROUP")
+    if group and not valid_id(group):
+        raise UsageError("CHIBISHIM_GROUP %s: a name like a container's: letters, digits, and . _ - between them" % group[:100])
+
+
 def parse_flags(words):
     """Go's flag syntax: one dash or two, `-f v` or `-f=v`; flags end at the first word that
     is none. Returns ({flag: value or True}, rest)."""
@@ -15764,6 +15778,7 @@ def shim_main(words):
     flags, rest = parse_flags(words)
     if flags.get("v") or flags.get("version"):
         default_signals()
+        check_environment()
         write_lines(["containerd-shim-chibiwasm-v1:", "  Version:  " + VERSION, "  Python:   " + sys.version.split()[0],
                      "  Native:   " + native_status()])
         return 0
@@ -15833,10 +15848,11 @@ def group_of(id, bundle="."):
     """What containers share a shim by: an annotation in the bundle, or CHIBISHIM_GROUP in containerd's
     environment, or else the container's own id."""
     try:
-        annotations = read_config(bundle).get("annotations") or {}
+        annotations = read_config(bundle).get("annotations")
     except (ContainerError, ConfigError):
         return id                       # Create will say what is wrong with it
-    return next((annotations[name] for name in GROUP_ANNOTATIONS if annotations.get(name)), environment("CHIBISHIM_GROUP") or id)
+    found = [annotations.get(name) for name in GROUP_ANNOTATIONS] if annotations.__class__ is dict else []
+    return next((name for name in found if name and name.__class__ is str), environment("CHIBISHIM_GROUP") or id)
 
 
 def socket_path(directory, address, namespace, group):
@@ -15845,7 +15861,7 @@ def socket_path(directory, address, namespace, group):
         from _sha2 import sha256        # CPython 3.12 and later
     except ImportError:
         from _sha256 import sha256
-    digest = sha256(normal_path("/".join((address, namespace, group))).encode()).hexdigest()
+    digest = sha256(normal_path("/".join((address, namespace, group))).encode("utf-8", "surrogatepass")).hexdigest()
     path = join_path(directory, digest)
     if len(path) > MAX_SOCKET_PATH:
         raise ContainerError("socket path %s is longer than %d bytes" % (path, MAX_SOCKET_PATH))
@@ -15935,6 +15951,7 @@ def answers(peer, seconds, method, payload):
 
 def shim_start(flags):
     """start: the address on stdout, a daemon behind it."""
+    check_environment()
     params, options = bootstrap(flags, read_all(0))
     path = socket_path(params.get("socket_dir") or SOCKET_DIRECTORY, flags["address"], flags["namespace"], group_of(flags["id"]))
     listener = listen(path, flags["id"])
@@ -16911,8 +16928,8 @@ def command_run(words):
     listeners = [tcp_listener(text) for text in options["tcplisten"]]
     bounds = [parse_bound(options, *bound) for bound in (("fuel", int, 1e18), ("timeout", float, 1e9))]
     tier = options["tier"][-1] if options["tier"] else None
-    if tier and tier not in MODES:
-        raise UsageError("--tier %s: one of %s" % (tier, ", ".join(MODES)))
+    if tier is not None:
+        check_tier("--tier", tier)
     return run_command(read_module(path), [argv0] + rest[1:], options["env"], preopens, function, preloads, listeners,
                        bool(options["trace"]), *bounds, tier)
 
@@ -16946,6 +16963,7 @@ def main(argv):
             return 0 if words else 2
         if words[0] not in COMMANDS:
             raise UsageError("unknown command %s; see --help" % words[0])
+        check_environment()
         return COMMANDS[words[0]](words[1:])
     except UsageError as error:
         report("%s: %s" % (program, error))

@@ -281,6 +281,15 @@ def test_too_little_memory_is_said():
     assert b"not enough memory" in complaint(done, 1)
 
 
+@pytest.mark.parametrize("words", [["run", HELLO], ["container", HELLO], ["inspect", HELLO], ["-v"]], ids=lambda words: words[0])
+def test_a_tier_that_there_is_not_is_said(words):
+    """A misspelt one is no other one: it would compile everything at once."""
+    for value in "Native", " auto", "x":
+        assert b"CHIBISHIM_TIER" in complaint(run(*words, env=dict(os.environ, CHIBISHIM_TIER=value)), 2)
+    assert run("run", HELLO, env=dict(os.environ, CHIBISHIM_TIER="")).returncode == 0
+    assert b"--tier" in complaint(run("run", "--tier=", HELLO), 2)
+
+
 # -- modules and images --
 
 @pytest.mark.parametrize("path, status, message", [

@@ -188,6 +188,22 @@ def test_containers_share_the_shim_of_the_environments_group(grouped):
     pod.call("Shutdown")
 
 
+@pytest.mark.parametrize("group", ["a b", "a/b", "..", "\udcff", "x" * 5000])
+def test_a_group_whose_name_is_none_is_refused(bundle, monkeypatch, group):
+    """".." would be other namespaces' too. `delete` goes on, for what was made before."""
+    monkeypatch.setenv("CHIBISHIM_GROUP", group)
+    done = bundle.command("start")
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1) and b"CHIBISHIM_GROUP" in done.stderr
+    assert bundle.command("delete").returncode == 0
+
+
+@pytest.mark.parametrize("annotations", ["x", ["x"], {chibishim.GROUP_ANNOTATIONS[0]: 7}, {chibishim.GROUP_ANNOTATIONS[0]: ["x"]},
+                                         {chibishim.GROUP_ANNOTATIONS[0]: "\ud800"}])
+def test_start_survives_annotations_that_are_none(bundle, annotations):
+    bundle.config["annotations"] = annotations
+    bundle.start().call("Shutdown")
+
+
 def test_a_shim_waits_for_the_container_whose_start_has_found_it(grouped):
     first, second = grouped
     second.start()
