@@ -15154,7 +15154,7 @@ class TaskService:
             if process.io.logger:
                 yield from end_logger(process.io)
         if container.mounted:
-            unmount_all(join_path(container.bundle, "rootfs"))
+            unmount_all(join_path(real_path(container.bundle), "rootfs"))
         try:
             yield from self.run_hooks(container, "poststop", "stopped")
         except ContainerError as error:
@@ -15493,9 +15493,7 @@ def mount_rootfs(mounts, rootfs):
         words = [word for word in item["options"] if word[:7] not in ("uidmap=", "gidmap=")]
         maps = dict(word.split("=", 1) for word in item["options"] if word not in words)
         flags, propagation, data = mount_options(words, "rootfs")
-        target = normal_path(join_path(rootfs, item["target"].lstrip("/"))) if item["target"] else rootfs
-        if target != rootfs and not target.startswith(rootfs + "/"):
-            raise ContainerError("rootfs mount target %s leaves the bundle" % item["target"])
+        target = path_in_root(rootfs, item["target"]) if item["target"] else rootfs
         bind = item["type"] == "bind" or flags & MS_BIND
         if maps:
             mount_mapped(item, target, flags | (MS_BIND if bind else 0), data, maps)
@@ -15509,6 +15507,20 @@ def mount_rootfs(mounts, rootfs):
             mount(None, target, None, MS_REMOUNT | MS_BIND | flags & ~MS_REC)
         for flag in propagation:
             mount(None, target, None, flag)
+
+
+def path_in_root(directory, path):
+    """The host's path of what a process with that root directory has at `path`: what the mounts before
+    have brought there is the image's, whose links would lead to the host's files."""
+    root = os.open(directory, O_PATH | os.O_CLOEXEC)
+    try:
+        fd = open_in_root(root, path)
+    finally:
+        os.close(root)
+    try:
+        return os.readlink(fd_path(fd))
+    finally:
+        os.close(fd)
 
 
 def mount_mapped(item, target, flags, data, maps):

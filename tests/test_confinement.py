@@ -114,6 +114,33 @@ def test_a_device_is_not_looked_up_twice(tmp_path, monkeypatch):
     assert (victim.stat().st_mode & 0o7777, victim.stat().st_uid) == (0o600, 0)
 
 
+@pytest.mark.parametrize("target", ["/link", "./link/", "../../../../link"])
+def test_a_mount_of_the_root_stays_in_it(bundle, target):
+    "N2: where the snapshotter has a target in the image, and the image a link of that name"
+    outside, image, layer = (os.path.join(bundle.directory, name) for name in ("outside", "image", "layer"))
+    shutil.copytree(os.path.join(bundle.path, "rootfs"), image)
+    for path in (outside, layer, image + outside):
+        os.makedirs(path)
+    open(layer + "/found", "w").close()
+    os.symlink(outside, image + "/link")
+    pid = bundle.start().create(rootfs=[{"type": "bind", "source": image, "options": ["rbind"]},
+                                        {"type": "bind", "source": layer, "target": target, "options": ["bind", "ro"]}])
+    assert os.listdir("/proc/%d/root%s" % (pid, outside)) == ["found"] and not os.listdir(outside)
+    bundle.call("Delete")
+    with open("/proc/self/mounts") as file:
+        assert bundle.directory not in file.read()
+
+
+def test_a_mount_of_the_root_has_a_target_that_is_there(bundle):
+    image = os.path.join(bundle.directory, "image")
+    shutil.copytree(os.path.join(bundle.path, "rootfs"), image)
+    bundle.start()
+    assert "none" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path, rootfs=[
+        {"type": "bind", "source": image, "options": ["rbind"]}, {"type": "bind", "source": image, "target": "none", "options": ["bind"]}])
+    with open("/proc/self/mounts") as file:
+        assert bundle.directory not in file.read()
+
+
 def test_a_mount_goes_where_its_target_leads_inside(bundle):
     "N2: CVE-2021-30465"
     rootfs = os.path.join(bundle.path, "rootfs")

@@ -278,6 +278,19 @@ def test_delete_can_be_called_again_and_answers(bundle):
         assert decode("DeleteResponse", done.stdout)["exit_status"] == 137
 
 
+def test_delete_unmounts_the_root_of_a_bundle_behind_a_link(bundle):
+    "L5: the kernel's table of mounts knows no links, /var/run for example"
+    image, link = (os.path.join(bundle.directory, name) for name in ("image", "link"))
+    os.rename(os.path.join(bundle.path, "rootfs"), image)
+    os.mkdir(os.path.join(bundle.path, "rootfs"))
+    os.symlink(bundle.directory, link)
+    bundle.path = os.path.join(link, bundle.id)
+    bundle.start().create(rootfs=[{"type": "bind", "source": image, "options": ["rbind"]}])
+    bundle.call("Delete")
+    with open("/proc/self/mounts") as file:
+        assert bundle.directory not in file.read()
+
+
 @pytest.mark.parametrize("service", ["containerd.task.v2.Task", "containerd.task.v3.Task"])
 def test_the_life_of_a_task(bundle, service):
     bundle.start()
