@@ -1,20 +1,22 @@
 """chibishim: a containerd shim that runs WebAssembly containers, in one module.
 
 The module reads bottom-up: a chapter uses only chapters before it, save that a
-module is checked and an instance is run by chapters 11 and 12.
+module is checked and an instance is run by chapters 11 and 12. Sections in brackets are
+those of the WebAssembly core specification, release 3.0; below, too, where no other
+document is named.
 
    1  Errors                  one exception class for each phase
-   2  Bytes                   a cursor: LEB128, names, vectors (core spec 5.2)
+   2  Bytes                   a cursor: LEB128, names, vectors (5.2)
    3  Protobuf                message tables, encode, decode
    4  ttrpc                   frames, requests, responses: bytes in, bytes out
    5  WebAssembly types       number, reference and defined types, subtyping (2.3, 3.3)
    6  Instructions            the table: one row per instruction (5.4)
    7  Numerics                integer and float operations (4.3)
    8  Handlers                from a row of the table to a function (4.6)
-   9  Modules                 the binary format of everything but bodies (5.5, 3.4)
-  10  Store and instances     memories, tables, globals, linking (4.2, 4.5)
-  11  Validation, translation one pass from bytes to basic blocks (3.3, A.3)
-  12  Interpreter             the loop that executes blocks (4.4)
+   9  Modules                 the binary format of everything but bodies (5.5, 3.5)
+  10  Store and instances     memories, tables, globals, linking (4.2, 4.7)
+  11  Validation, translation one pass from bytes to basic blocks (3.4)
+  12  Interpreter             the loop that executes blocks (4.6)
   13  Portable tier           hot functions as source of Python
   14  Processors              the C library, files' names; assemblers for x86-64 and aarch64
   15  Native tier             hot functions as machine code; to be skipped at first
@@ -64,11 +66,11 @@ class Invalid(WasmError):
 
 
 class Unlinkable(WasmError):
-    """An import is missing or has another type (section 4.5.3)."""
+    """An import is missing or has another type (section 4.7.2)."""
 
 
 class Trap(WasmError):
-    """Execution stopped abnormally (section 4.1). `backtrace` lists the active
+    """Execution stopped abnormally (section 4.2.2). `backtrace` lists the active
     calls as (Function, offset in the module), innermost first."""
 
     backtrace = ()
@@ -83,7 +85,7 @@ class Timeout(Exhaustion):
 
 
 class Thrown(WasmError):
-    """An exception of the guest (section 4.2.13): a tag and its values. It is what an
+    """An exception of the guest (section 4.2.16): a tag and its values. It is what an
     exnref refers to, and what the embedder gets where the guest has no handler."""
 
     def __init__(self, tag, values):
@@ -644,7 +646,8 @@ MAX_PAGES_64 = 1 << 48          # that a 64-bit memory may declare
 MAX_FRAMES = 20000              # depth of the guest's call stack
 MAX_FRAME_SLOTS = 8000000       # a function's frame times the depth it may be called at
 
-# What a module may contain, where the JavaScript API has a limit: the same.
+# What a module may contain. Where the JavaScript API has a limit, it is the same, but for
+# tables, of which that allows a thousand times as many.
 MAX_MODULE_BYTES = 1 << 30
 MAX_NESTING = 100000            # of blocks, loops and the like in each other
 MAX_TYPES = 1000000
@@ -684,7 +687,7 @@ class DefinedType:
         return "%s {%s}" % (HEAP_NAMES[self.kind], type_list(type for type, _ in self.fields))
 
     def matches(self, other):
-        """Whether this is `other` or declared as a subtype of it (3.3.9)."""
+        """Whether this is `other` or declared as a subtype of it (3.3.10)."""
         type = self
         for _ in range(self.depth - other.depth):
             type = type.supertype
@@ -797,7 +800,7 @@ def types_match(types, others):
 
 
 def subtype_fits(type):
-    """Whether a DefinedType may be a subtype of the supertype that it declares (3.4.2)."""
+    """Whether a DefinedType may be a subtype of the supertype that it declares (3.2.11)."""
     parent = type.supertype
     if parent.final or parent.kind != type.kind or type.depth > MAX_SUPERTYPES:
         return False
@@ -807,7 +810,7 @@ def subtype_fits(type):
 
 
 def field_matches(field, other):
-    """A mutable field must have the same type, an immutable one a subtype (3.3.8)."""
+    """A mutable field must have the same type, an immutable one a subtype (3.3.9)."""
     (type, mutable), (parent, parent_mutable) = field, other
     return mutable == parent_mutable and type_matches(type, parent) and (not mutable or type_matches(parent, type))
 
@@ -827,7 +830,7 @@ class Limits:
         self.minimum, self.maximum, self.address, self.shared = minimum, maximum, address, shared
 
     def admits(self, size, extern):
-        """Whether a Memory or Table of `size` may be imported here (4.5.3)."""
+        """Whether a Memory or Table of `size` may be imported here (3.3.11)."""
         if size < self.minimum or extern.address != self.address:
             return False
         return self.maximum is None or extern.maximum is not None and extern.maximum <= self.maximum
@@ -876,7 +879,7 @@ class GlobalType:
 # the order of signed integers onto the order of unsigned ones.
 
 INSTRUCTIONS = (
-    # Control (section 5.4.1)
+    # Control (section 5.4.2)
     (0x00, "unreachable",         "",              None, None),
     (0x01, "nop",                 "",              None, None),
     (0x02, "block",               "blocktype",     None, None),
@@ -896,7 +899,7 @@ INSTRUCTIONS = (
     (0x13, "return_call_indirect", "type table",   None, None),
     (0x14, "call_ref",            "type",          None, None),
     (0x15, "return_call_ref",     "type",          None, None),
-    # Reference, parametric, variable and table instructions (5.4.2 to 5.4.6)
+    # Parametric, variable and table instructions (5.4.1, 5.4.3, 5.4.4), and one more of control
     (0x1A, "drop",                "",              None, None),
     (0x1B, "select",              "",              None, None),
     (0x1C, "select_t",            "types",         None, None),
@@ -908,7 +911,7 @@ INSTRUCTIONS = (
     (0x24, "global.set",          "global",        None, None),
     (0x25, "table.get",           "table",         None, None),
     (0x26, "table.set",           "table",         None, None),
-    # Memory (5.4.7)
+    # Memory (5.4.5)
     (0x28, "i32.load",            "memarg",        "i:i", "load I"),
     (0x29, "i64.load",            "memarg",        "i:I", "load Q"),
     (0x2A, "f32.load",            "memarg",        "i:f", "load f"),
@@ -1067,6 +1070,7 @@ INSTRUCTIONS = (
     (0xC2, "i64.extend8_s",       "", "I:I",  "({x} & 0xFF ^ 0x80) - 0x80 & 0xFFFFFFFFFFFFFFFF"),
     (0xC3, "i64.extend16_s",      "", "I:I",  "({x} & 0xFFFF ^ 0x8000) - 0x8000 & 0xFFFFFFFFFFFFFFFF"),
     (0xC4, "i64.extend32_s",      "", "I:I",  "({x} & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 & 0xFFFFFFFFFFFFFFFF"),
+    # References (5.4.6; the branches are control)
     (0xD0, "ref.null",            "heaptype",      None, None),
     (0xD1, "ref.is_null",         "",              None, None),
     (0xD2, "ref.func",            "func",          None, None),
@@ -1074,7 +1078,7 @@ INSTRUCTIONS = (
     (0xD4, "ref.as_non_null",     "",              None, None),
     (0xD5, "br_on_null",          "label",         None, None),
     (0xD6, "br_on_non_null",      "label",         None, None),
-    # Aggregates: after the prefix byte 0xFB (5.4.2)
+    # Aggregates, casts and scalar references: after the prefix byte 0xFB (5.4.2, 5.4.6, 5.4.7)
     (0xFB00, "struct.new",         "type",         None, None),
     (0xFB01, "struct.new_default", "type",         None, None),
     (0xFB02, "struct.get",         "type field",   None, None),
@@ -1944,7 +1948,7 @@ def do_ref_cast(R, d, a, b):
 
 
 def reference_matches(reference, heap, nullable):
-    """Whether a reference, of the hierarchy of `heap`, has this type (4.2.1)."""
+    """Whether a reference, of the hierarchy of `heap`, has this type (4.5.1)."""
     if reference is None:
         return nullable
     if heap in (EXTERN, EXN, ANY, FUNC):
@@ -2254,7 +2258,7 @@ def copy_bytes(view, to, source, start, count):
 # The decoder of everything but function bodies (section 5.5). In: the bytes of
 # a module, or a mapping of its file. Out: a Module, whose sections are lists of
 # plain values. Bodies stay bytes until they are called first: the specification
-# allows it (appendix A.2), and a program that prints a line executes one function
+# allows it (appendix, Implementation Limitations), and a program that prints a line executes one function
 # in six. What can be checked without bodies is checked here.
 
 EXTERN_KINDS = ("func", "table", "memory", "global", "tag")
@@ -2272,8 +2276,8 @@ class Import:
 
 class Segment:
     """An element or data segment: `mode` is "active", "passive" or "declarative";
-    `index` the table or memory and `offset` the expression of an active one; `items`
-    a list of function indices or expressions, or the bytes."""
+    `index` the table or memory and `offset` the expression of an active one; `type` the
+    reference type of elements; `items` a list of function indices or expressions, or the bytes."""
 
     __slots__ = ("mode", "index", "offset", "type", "items")
 
@@ -2297,7 +2301,8 @@ class Module:
 
     `data` is bytes or any indexable buffer. Raises Malformed or Invalid. Function
     bodies are decoded and validated when they are first called, or all at once
-    by `validate()`. `tier` decides which functions are compiled: a Tier, or None."""
+    by `validate()`. `tier` decides which functions are compiled: a Tier, a PortableTier,
+    or None."""
 
     tier = None
 
@@ -2340,7 +2345,8 @@ class Module:
         return self.types[self.functions[index]]
 
     def validate(self):
-        """Validates every function body; raises Malformed or Invalid."""
+        """Validates every function body; raises Malformed or Invalid, or Exhaustion for one that
+        is too complex for this engine."""
         validate_bodies(self)
 
     def function_names(self):
@@ -2746,7 +2752,7 @@ SECTION_READERS = {
 
 
 def check_module(module):
-    """Validates all but function bodies (section 3.4); raises Invalid."""
+    """Validates all but function bodies (section 3.5); raises Invalid."""
     for space, what, limit in ((module.functions, "functions", MAX_FUNCTIONS), (module.tables, "tables", MAX_TABLES),
                                (module.memories, "memories", MAX_MEMORIES)):
         if len(space) > limit:
@@ -3039,7 +3045,7 @@ class Instance:
         self.initialize()
 
     def initialize(self):
-        """Copies the active segments in order, then calls the start function (4.5.4)."""
+        """Copies the active segments in order, then calls the start function (4.7.2)."""
         for index, segment in enumerate(self.module.elements):
             if segment.mode == "active":
                 source = self.elements[index]
@@ -3076,7 +3082,7 @@ class Instance:
 
 
 def resolve(module, item, imports):
-    """The extern that satisfies an Import, its type matched (section 4.5.3)."""
+    """The extern that satisfies an Import, its type matched (section 4.7.2)."""
     where = "%s.%s" % (item.module, item.name)
     try:
         extern = imports[item.module][item.name]
@@ -3119,8 +3125,8 @@ def python_function(type, call, name):
 # === 11. Validation and translation ===========================================
 #
 # One pass over a function body, made when the function is first called: it decodes
-# each instruction, validates it by the algorithm of appendix A.3 of the specification,
-# and translates it.
+# each instruction, validates it (section 3.4) by the algorithm of the specification's
+# appendix, Validation Algorithm, and translates it.
 #
 # Validation knows the height of the operand stack at every instruction, so the
 # stack itself can disappear. A frame R is a list:
@@ -3144,8 +3150,8 @@ def python_function(type, call, name):
 #     BR_IF      go to x if R[y] else z        RETURN     with the values R[i], i in y
 #     CALL       x = callee, y = argument slots, z = (next block, first result's slot, handlers, at, type)
 #     CALL_REF   x = slot of the callee, y and z as for CALL
-#     TAIL_CALL  x = slot of the callee, y = argument slots, z as for CALL
-#     THROW      x = tag, y = slots of its values, z as for CALL; x = None: rethrow R[y[0]]
+#     TAIL_CALL  x = slot of the callee, y = argument slots, z = (None, 0, None, at, type)
+#     THROW      x = tag, y = slots of its values, z = (None, 0, handlers, at); x = None: rethrow R[y[0]]
 #
 # The handlers of a place are None or (clauses, handlers further out), a clause is
 # (tag or None for all, whether it wants the exnref, block, first value's slot).
@@ -3162,7 +3168,7 @@ MAX_LOOP_OPERANDS = 1000        # below a loop at whose head a frame may go over
 
 
 class Control:
-    """A control frame of appendix A.3. `target` is the block that a branch to the
+    """A control frame of the appendix. `target` is the block that a branch to the
     label goes to, `next` the one after `end`, `other` the else branch of an if. `was_set`
     is how many locals had been set before it, `handlers` the handlers around it."""
 
@@ -3186,7 +3192,7 @@ def new_block():
 
 class Translator:
     """Translates one function of an instance: `run()` sets its entry and template.
-    Raises Malformed or Invalid."""
+    Raises Malformed or Invalid, or Exhaustion for what is too complex."""
 
     __slots__ = ("function", "instance", "module", "reader", "locals", "zeros", "types", "slots", "controls", "block", "base",
                  "deepest", "constants", "unset", "was_set", "handlers", "aliases", "alias_steps", "operand_steps", "at",
@@ -4327,11 +4333,11 @@ def validate_expression(module, body, type):
 
 
 def validate(data):
-    """Whether `data` is a valid module, bodies included (the JavaScript API's
-    WebAssembly.validate)."""
+    """Whether `data` is a valid module, bodies included, that keeps within the limits of this
+    engine (the JavaScript API's WebAssembly.validate)."""
     try:
         Module(data).validate()
-    except (Malformed, Invalid):
+    except (Malformed, Invalid, Exhaustion):
         return False
     return True
 
@@ -8930,7 +8936,7 @@ NATIVE_MACHINES = "x86_64", "aarch64"
 
 
 class Tier:
-    """Decides what is compiled: "auto", "native" or "interpreter"."""
+    """Decides what is compiled: all if the mode is "native", else ("auto") what is hot."""
 
     machine = None                      # of the process, made at first use
     refusal = None                      # why there is none

@@ -390,6 +390,7 @@ def test_bounds_are_said(data, error, message):
     "I3"
     with pytest.raises(error, match=message):
         Module(data).validate()
+    assert not validate(data)
 
 
 def test_an_exception_reaches_its_handler_or_the_embedder():
