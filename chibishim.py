@@ -5504,15 +5504,17 @@ def make_directories(path, mode):
 
 
 def directories_in(top):
-    """Yields a directory and all below it, each after the one it is in; what is not there has none."""
-    try:
-        with os.scandir(top) as entries:
-            names = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return
-    yield top
-    for name in names:
-        yield from directories_in(name)
+    """Yields a directory and all below it, each after the one it is in; what is not there has none.
+    By a list, not by recursion: a container may be who decides how deep it is."""
+    todo = [top]
+    while todo:
+        path = todo.pop()
+        try:
+            with os.scandir(path) as entries:
+                todo += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            continue
+        yield path
 
 
 class Libc:
@@ -15048,9 +15050,12 @@ class TaskService:
         status = 128 + (code & 0x7F) if code & 0x7F else code >> 8 & 0xFF
         if process.killed and status == 128 + SIGKILL:
             status = 128 + process.killed
-        self.report_oom(container)
-        if not process.id and container.cgroup:
-            yield from container.cgroup.kill()
+        try:
+            self.report_oom(container)
+            if not process.id and container.cgroup:
+                yield from container.cgroup.kill()
+        except Exception:               # a defect must not hide the end
+            log_exception()
         exited_at = timestamp(time.time())
         yield from process.io.drain(self.loop)
         process.state = STOPPED

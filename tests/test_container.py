@@ -182,6 +182,23 @@ def test_version_2_tells_by_memory_events_that_memory_ran_out(tmp_path):
         os.close(fd)
 
 
+def test_a_container_does_not_escape_by_the_depth_of_its_groups(tmp_path):
+    "L5: Python's stack ended first"
+    here, depth = os.open(tmp_path, os.O_RDONLY), 1100
+    for _ in range(depth):
+        os.mkdir("a", dir_fd=here)
+        below = os.open("a", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    with open(os.open("cgroup.procs", os.O_WRONLY | os.O_CREAT, dir_fd=here), "w") as file:
+        file.write("12\n")
+    group = chibishim.Cgroup({"": str(tmp_path)})
+    assert group.pids() == [12]
+    os.unlink("cgroup.procs", dir_fd=here)
+    os.close(here)
+    assert group.remove() and not tmp_path.exists()
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of cgroups and containers is tested")
 
 

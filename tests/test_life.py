@@ -615,6 +615,31 @@ def test_a_shim_without_descriptors_loses_none_and_waits(bundle):
         peer.close()
 
 
+def test_an_end_is_reported_whatever_goes_wrong_with_the_cgroup(capfd):
+    "L1, L9"
+    class Broken:
+        def oom_kills(self):
+            return 0
+
+        def kill(self):
+            raise RecursionError("so deep")
+
+    class Io:
+        def drain(self, *words):
+            yield None, 0
+
+        def close(self, loop):
+            pass
+    events = []
+    service = chibishim.TaskService(None, lambda *event: events.append(event[0]), "test")
+    service.containers["c"] = container = chibishim.Container("c", "/")
+    container.init, container.cgroup = chibishim.Process("", Io()), Broken()
+    container.init.announced = True
+    list(service.on_exit(container, container.init, 3 << 8))
+    assert (container.init.state, container.init.exit_status, events) == (chibishim.STOPPED, 3, ["/tasks/exit"])
+    assert container.init.exited.set and "so deep" in capfd.readouterr().err
+
+
 def test_a_signal_does_not_reach_who_has_the_pid_now():
     "L6"
     dead = os.fork()
