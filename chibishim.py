@@ -13730,6 +13730,16 @@ OPERATIONS = {function.__name__[3:]: function for function in (
     do_no_new_privs, do_mount_label, do_open_labels, do_payload, do_labels, do_seccomp)}
 
 
+def open_program(path):
+    """A descriptor to read a program by; O_PATH for one that its user may execute, but not read."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError:
+        if not os.access(path, os.X_OK):
+            raise
+        return os.open(path, O_PATH | os.O_CLOEXEC)
+
+
 def find_program(name, environment, cwd):
     """(path, descriptor) of args[0], found as execvp(3) does; ContainerError in runc's words,
     from which Docker derives exit statuses 126 and 127."""
@@ -13741,7 +13751,7 @@ def find_program(name, environment, cwd):
     problem = None
     for candidate in candidates:
         try:
-            fd = os.open(candidate, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_program(candidate)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR) or "/" in name:
                 problem = problem or error
@@ -13781,7 +13791,12 @@ def load_payload(process, ask=None):
             raise
         check_payload(name, data[:8])
         return "wasm", data, name.partition("#")[2] or "_start"
-    head = os.pread(fd, 8, 0)
+    try:
+        head = os.pread(fd, 8, 0)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        head = b""                      # O_PATH: a module must be read, so it is native
     if head[:4] == WASM_MAGIC:
         check_payload(name, head)
         data = map_descriptor(fd)

@@ -179,6 +179,18 @@ def test_a_path_is_resolved_inside_the_root(tmp_path, resolve, path, found):
         os.close(directory)
 
 
+@pytest.mark.parametrize("mode, code", [(0o711, chibishim.OK), (0o700, chibishim.UNKNOWN_ERROR)], ids=["execute", "neither"])
+def test_a_native_program_need_not_be_readable(native, mode, code):
+    "execve(2) asks for the x bit alone"
+    os.chmod(os.path.join(native.rootfs, "bin", "busybox"), mode)
+    if code == chibishim.OK:
+        assert native.run("echo ran", user={"uid": 5, "gid": 6}) == ["ran"]
+        return
+    native.config["process"].update(user={"uid": 5, "gid": 6}, args=["/bin/busybox"])
+    native.start()
+    assert 'exec: "/bin/busybox": permission denied' in native.fails(code, "Create", bundle=native.path)
+
+
 def test_masked_and_read_only_paths(native):
     "N3: files, directories, twice the same, absent ones"
     for name in ("secret", "rofile"):
