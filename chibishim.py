@@ -12715,11 +12715,9 @@ def keep_scope():
 
 def call_systemd(member, types, values):
     """A task that calls a method of systemd's manager on the system bus; BusError if it is refused."""
-    import _socket
-    peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC)
+    fd = -1
     try:
-        peer.connect(SYSTEM_BUS)
-        fd = peer.fileno()
+        fd = connect_to(SYSTEM_BUS)
         yield from write_all(fd, b"\0AUTH EXTERNAL %s\r\n" % str(os.geteuid()).encode().hex().encode())
         line = b""
         while not line.endswith(b"\n") and len(line) < 1024:
@@ -12735,7 +12733,8 @@ def call_systemd(member, types, values):
     except OSError as error:
         raise BusError(error.errno, "systemd: %s: %s: %s" % (SYSTEM_BUS, member, error.strerror)) from None
     finally:
-        peer.close()
+        if fd >= 0:
+            os.close(fd)
 
 
 def read_bus(fd, size):
@@ -13867,6 +13866,21 @@ def reset_signals():
     _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
 
 
+def fork_program(path, words, environment, descriptors):
+    """Forks a program that has these descriptors, as 0, 1 and so on, and no others; returns its pid."""
+    pid = os.fork()
+    if not pid:
+        try:
+            reset_signals()
+            for target, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, len(descriptors)) for fd in descriptors]):
+                os.dup2(fd, target)
+            close_all_but(*range(len(descriptors)))
+            os.execve(path, words, environment)
+        finally:
+            os._exit(127)
+    return pid
+
+
 def load_child():
     """Nothing; but in the archive, the first call of this loads all that containers' processes need."""
 
@@ -14224,7 +14238,7 @@ class Stdio:
             except BlockingIOError:
                 yield writable(getattr(self, name))
 
-    def close_stdin(self, loop):
+    def close_stdin(self):
         """CloseIO: no more writers but the client, so its end of file arrives."""
         if self.stdin_writer >= 0:
             os.close(self.stdin_writer)
@@ -14283,9 +14297,7 @@ class Stdio:
 
 def has_reader(fd):
     """Whether a fifo's write end has a reader; a read end counts as one."""
-    poll = select.poll()
-    poll.register(fd, 0)
-    return not poll.poll(0)
+    return not wait_for({fd: 0}, 0)
 
 
 def keep_log(bundle):
@@ -14333,16 +14345,7 @@ def start_logger(io, id, namespace, children):
         raise ContainerError("log %s: no such program" % words[0])
     pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
     theirs, ours = [pipes[0][0], pipes[1][0], pipes[2][1]], [pipes[0][1], pipes[1][1], pipes[2][0]]
-    pid = os.fork()
-    if not pid:
-        try:
-            reset_signals()
-            for target, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, 6) for fd in theirs], 3):
-                os.dup2(fd, target)
-            close_all_but(*range(6))
-            os.execve(words[0], words, {"CONTAINER_ID": id, "CONTAINER_NAMESPACE": namespace})
-        finally:
-            os._exit(127)
+    pid = fork_program(words[0], words, {"CONTAINER_ID": id, "CONTAINER_NAMESPACE": namespace}, [0, 1, 2] + theirs)
     for fd in theirs:
         os.close(fd)
     ended = Event()
@@ -15242,7 +15245,7 @@ class TaskService:
         if process.kind == b"W" or process.state == CREATED:
             # WASI has no signals: the default action, which the kernel would withhold
             # from the init process of a pid namespace.
-            if signal in IGNORED_BY_DEFAULT or signal == 0:
+            if signal in IGNORED_BY_DEFAULT:
                 return {}
             if signal not in STOPPING:
                 process.killed = process.killed or signal
@@ -15282,7 +15285,7 @@ class TaskService:
     def CloseIO(self, request):
         process = self.container(request["id"]).process(request["exec_id"])
         if request["stdin"]:
-            process.io.close_stdin(self.loop)
+            process.io.close_stdin()
         return {}
 
     def ResizePty(self, request):
@@ -15464,11 +15467,7 @@ def fork_inside(setup):
 
 def is_dead(process):
     """Whether a process has ended; reaped or not, which decides whether its pid is its own."""
-    if process.pidfd < 0:
-        return True
-    poll = select.poll()
-    poll.register(process.pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    return process.pidfd < 0 or bool(wait_for({process.pidfd: select.POLLIN}, 0))
 
 
 def valid_id(id):
@@ -15676,20 +15675,11 @@ def spawn_hook(hook, state):
     fd, errors = os.memfd_create("state", 0), os.memfd_create("stderr", 0)
     os.write(fd, to_json(state).encode())
     os.lseek(fd, 0, SEEK_SET)
-    pid = os.fork()
-    if not pid:
-        try:
-            reset_signals()
-            os.dup2(fd, 0)
-            null = os.open("/dev/null", os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(errors, 2)
-            close_all_but(0, 1, 2)
-            os.execve(hook["path"], hook.get("args") or [hook["path"]],
-                      dict(pair.split("=", 1) for pair in hook.get("env") or () if "=" in pair))
-        finally:
-            os._exit(127)
+    null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+    pid = fork_program(hook["path"], hook.get("args") or [hook["path"]],
+                       dict(pair.split("=", 1) for pair in hook.get("env") or () if "=" in pair), [fd, null, errors])
     os.close(fd)
+    os.close(null)
     return pid, os.pidfd_open(pid), errors
 
 
@@ -16242,15 +16232,7 @@ class Shim:
         os.lseek(fd, 0, SEEK_SET)
         words = [self.flags["publish-binary"], "--address", self.flags["address"], "publish", "--topic", topic,
                  "--namespace", self.flags["namespace"]]
-        pid = os.fork()
-        if not pid:
-            try:
-                reset_signals()
-                os.dup2(fd, 0)
-                close_all_but(0, 1, 2)
-                os.execv(words[0], words)
-            finally:
-                os._exit(127)
+        pid = fork_program(words[0], words, os.environ, [fd, 1, 2])
         os.close(fd)
         done = Event()
         codes = []
@@ -16409,9 +16391,7 @@ def kill_process(pid):
     import _signal
     try:
         _signal.pidfd_send_signal(pidfd, SIGKILL)
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.poll(1000)
+        wait_for({pidfd: select.POLLIN}, 1)
     except ProcessLookupError:
         pass
     finally:
