@@ -15058,6 +15058,8 @@ class TaskService:
             pass
         process.close(self.loop, "status", "gate")
         if process.heard:
+            process.started.happen()
+            yield process.exited, 3         # whoever is told of the error calls Delete at once, for an ended process
             raise RpcError(UNKNOWN_ERROR, "start %s: %s" % (container.id, process.heard[1:].decode("utf-8", "replace")))
 
     def on_exit(self, container, process, code):

@@ -319,6 +319,18 @@ def test_what_a_state_does_not_allow_is_refused(bundle):
     bundle.fails(chibishim.NOT_FOUND, "Kill", signal=9)
 
 
+def test_a_container_whose_start_failed_can_be_deleted_at_once(bundle):
+    """As `ctr run --rm` does; also where its end takes time, for a client that does not read."""
+    with open(os.path.join(bundle.path, "rootfs", "guest.wasm"), "w") as file:
+        file.write("neither a module nor a program")
+    os.mkfifo(bundle.output)
+    with open(bundle.output, "r+b", buffering=0) as unread:
+        unread.write(b"x")
+        bundle.start().call("Create", bundle=bundle.path, stdout=bundle.output)
+        assert "exec /guest.wasm" in bundle.fails(chibishim.UNKNOWN_ERROR, "Start")
+        assert bundle.call("Delete")["exit_status"] != 0
+
+
 def test_what_a_paused_container_does_not_allow_is_refused(bundle):
     "L3"
     bundle.start().create()
