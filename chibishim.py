@@ -10438,7 +10438,7 @@ def run_export(wasi, module, imports, function, words):
     kind, index = module.exports.get(function, (None, None))
     if kind != "func":
         raise Unlinkable("the module exports no function %r%s" % (
-            function, "; name one with --invoke" if function == "_start" else ""))
+            function, "; name one with --invoke, in a container by PROGRAM#NAME" if function == "_start" else ""))
     type = module.function_type(index)
     values = [] if function == "_start" else [parse_value(*pair) for pair in zip(type.params, words)]
     if function != "_start" and len(words) != len(type.params) or len(values) != len(type.params):
@@ -15778,7 +15778,8 @@ def check_environment():
     check_tier("CHIBISHIM_TIER", environment("CHIBISHIM_TIER") or "auto")
     group = environment("CHIBISHIM_GROUP")
     if group and not valid_id(group):
-        raise UsageError("CHIBISHIM_GROUP %s: a name like a container's: letters, digits, and . _ - between them" % group[:100])
+        raise UsageError("CHIBISHIM_GROUP %s: a name like a container's: letters and digits, and . _ + - after them" %
+                         group[:100])
 
 
 def parse_flags(words):
@@ -16697,7 +16698,8 @@ class Driver:
             copies.append(Event())
             self.loop.spawn(self.copy_out(source, fd, copies[-1]))
         yield from self.call(client, "Create", {"id": self.id, "bundle": self.bundle, **fifos})
-        self.loop.spawn(self.copy_in(fifos["stdin"]))
+        sink = os.open(fifos["stdin"], os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # it loses its reader with the guest
+        self.loop.spawn(self.copy_in(sink))
         yield from self.call(client, "Start", {"id": self.id})
         self.loop.spawn(self.forward_signals())
         answer = yield from self.call(client, "Wait", {"id": self.id})
@@ -16729,9 +16731,8 @@ class Driver:
                 yield from self.attempt("Kill", signal=SIGPIPE)
         copied.happen()
 
-    def copy_in(self, fifo):
+    def copy_in(self, sink):
         """Our input to the guest, then CloseIO."""
-        sink = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             while True:
                 yield readable(0)

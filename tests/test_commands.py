@@ -132,16 +132,33 @@ def test_a_container_that_cannot_be_created_leaves_no_shim(scratch, tmp_path):
     assert b"proc" in complaint(run("container", tmp_path / "proc"), 1)
 
 
-@needs_root
-def test_a_program_that_cannot_be_executed_leaves_no_shim(scratch, monkeypatch):
-    """Start is refused, of a container that has been created."""
+@pytest.fixture
+def here(scratch, monkeypatch):
+    """The module, whose containers are made by this process."""
     import chibishim
     monkeypatch.setattr(sys, "argv", [os.path.join(ROOT, "chibishim.py")])
     monkeypatch.setattr(tempfile, "tempdir", scratch)
     monkeypatch.setattr(chibishim, "catch_signals", lambda: os.pipe()[0])     # pytest has its own
-    monkeypatch.setattr(chibishim, "read_module", lambda path: b"neither a module nor a program")
-    with pytest.raises(chibishim.ContainerError, match="exec format error"):
-        chibishim.command_container([HELLO])
+    return chibishim
+
+
+@needs_root
+def test_a_program_that_cannot_be_executed_leaves_no_shim(here, monkeypatch):
+    """Start is refused, of a container that has been created."""
+    monkeypatch.setattr(here, "read_module", lambda path: b"neither a module nor a program")
+    with pytest.raises(here.ContainerError, match="exec format error"):
+        here.command_container([HELLO])
+
+
+@needs_root
+def test_a_guest_may_end_before_its_input_is_copied(here, monkeypatch):
+    spawn = here.Loop.spawn
+
+    def late(generator):
+        time.sleep(0.5)
+        yield from generator
+    monkeypatch.setattr(here.Loop, "spawn", lambda loop, task: spawn(loop, late(task) if task.__name__ == "copy_in" else task))
+    assert here.command_container([GUEST, "exit"]) == 7
 
 
 def interrupted(scratch, delay, send):
