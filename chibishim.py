@@ -2340,6 +2340,10 @@ class Module:
         """How many functions are imported: the index of the first own one."""
         return len(self.functions) - len(self.bodies)
 
+    def spaces(self):
+        """The five index spaces, in the order of EXTERN_KINDS."""
+        return self.functions, self.tables, self.memories, self.globals, self.tags
+
     def function_type(self, index):
         """The DefinedType of function `index`."""
         return self.types[self.functions[index]]
@@ -2562,7 +2566,7 @@ class ModuleDecoder(TypeReader):
 
     def import_section(self):
         """importsec ::= vec(name name importdesc)"""
-        spaces = self.spaces()
+        spaces = self.module.spaces()
         for _ in range(self.unsigned()):
             module, name, kind = self.name(), self.name(), self.byte()
             if kind > 4:
@@ -2570,11 +2574,6 @@ class ModuleDecoder(TypeReader):
             type = (self.unsigned, self.table_type, self.memory_type, self.global_type, self.tag_type)[kind]()
             self.module.imports.append(Import(module, name, EXTERN_KINDS[kind], type))
             spaces[kind].append(type)
-
-    def spaces(self):
-        """The five index spaces, in the order of EXTERN_KINDS."""
-        module = self.module
-        return module.functions, module.tables, module.memories, module.globals, module.tags
 
     def function_section(self):
         """funcsec ::= vec(typeidx)"""
@@ -2738,8 +2737,6 @@ CONSTANT_INSTRUCTIONS = {
 CONSTANT_TYPES = {0x41: I32, 0x42: I64, 0x43: F32, 0x44: F64, 0xFD0C: V128}
 SIMPLE_CONSTANTS = (*CONSTANT_TYPES, 0x23, 0xD0, 0xD2)
 SECTION_ORDER = (1, 2, 3, 4, 5, 13, 6, 7, 8, 9, 12, 10, 11)
-SECTION_NAMES = ("custom", "type", "import", "function", "table", "memory", "global",
-                 "export", "start", "element", "code", "data", "data count", "tag")
 SECTION_READERS = {
     1: ModuleDecoder.type_section, 2: ModuleDecoder.import_section,
     3: ModuleDecoder.function_section, 4: ModuleDecoder.table_section,
@@ -2769,9 +2766,9 @@ def check_module(module):
     for table in module.tables:
         if table.init is not None:
             check_constant(module, table.init, table.element)
+    spaces = dict(zip(EXTERN_KINDS, module.spaces()))
     for kind, index in module.exports.values():
-        space = (module.functions, module.tables, module.memories, module.globals, module.tags)[EXTERN_KINDS.index(kind)]
-        check_index({"func": "function"}.get(kind, kind), index, space)
+        check_index({"func": "function"}.get(kind, kind), index, spaces[kind])
         if kind == "func":
             module.declared.add(index)
     if module.start is not None:
@@ -5517,6 +5514,18 @@ def directories_in(top):
         yield path
 
 
+def c_type(letter):
+    """The class of C values that ctypes and struct have this letter for."""
+    import _ctypes
+    return type("c_" + letter, (_ctypes._SimpleCData,), {"_type_": letter})
+
+
+def buffer_address(buffer):
+    """The address of a writable buffer; it is valid as long as the buffer lives."""
+    import _ctypes
+    return _ctypes.addressof(c_type("c").from_buffer(buffer))
+
+
 class Libc:
     """Functions of the C library by name: `libc.mount(…)`. Integers and None are passed
     as C longs, bytes and buffers as pointers; -1 raises OSError named after the call. By
@@ -5525,7 +5534,7 @@ class Libc:
     def __getattr__(self, name):
         import _ctypes
 
-        long = type("c_long", (_ctypes._SimpleCData,), {"_type_": "l"})
+        long = c_type("l")
         prototype = type("CFunction", (_ctypes.CFuncPtr,), {
             "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO, "_restype_": long})
         try:
@@ -5762,7 +5771,8 @@ class X64(Assembler):
         self.alu("add", 1, index, index, self.RDX)
         self.register(0xFF, 0, 4, index)
         self.bind(table)
-        for label, base in zip(labels, [len(self.code)] * len(labels)):
+        base = len(self.code)
+        for label in labels:
             self.refer(label, base)
 
     def call_context(self, offset, index=None):
@@ -6059,7 +6069,7 @@ class X64(Assembler):
     def copy_bytes(self, to, source, count, bytes, slow):
         """memory.copy of what lies inside and does not overlap in the wrong direction; all else
         jumps to `slow`."""
-        out, done = self.label(), self.label()
+        out = self.label()
         self.gather((self.RDI, to), (self.RSI, source), (self.RCX, count))
         self.leave_if_outside(self.RSI, bytes, out)
         self.leave_if_outside(self.RDI, bytes, out)
@@ -6070,27 +6080,17 @@ class X64(Assembler):
         self.alu("add", 1, self.RSI, self.RSI, self.MEMORY)
         self.alu("add", 1, self.RDI, self.RDI, self.MEMORY)
         self.code += b"\xf3\xa4"        # rep movsb
-        self.jump(done)
-        self.bind(out)
-        self.restore_strings()
-        self.jump(slow)
-        self.bind(done)
-        self.restore_strings()
+        self.end_strings(out, slow)
 
     def fill_bytes(self, to, value, count, bytes, slow):
         """memory.fill of what lies inside; all else jumps to `slow`."""
-        out, done = self.label(), self.label()
+        out = self.label()
         self.gather((self.RDI, to), (self.RDX, value), (self.RCX, count))
         self.leave_if_outside(self.RDI, bytes, out)
         self.move(self.RAX, self.RDX)
         self.alu("add", 1, self.RDI, self.RDI, self.MEMORY)
         self.code += b"\xf3\xaa"        # rep stosb
-        self.jump(done)
-        self.bind(out)
-        self.restore_strings()
-        self.jump(slow)
-        self.bind(done)
-        self.restore_strings()
+        self.end_strings(out, slow)
 
     def gather(self, *pairs):
         """Moves operands to the registers of string instructions at once, by the stack, which keeps
@@ -6102,8 +6102,15 @@ class X64(Assembler):
         for register, _ in reversed(pairs):
             self.code.append(0x58 | register)
 
-    def restore_strings(self):
-        self.code += bytes((0x58 | self.RDI, 0x58 | self.RSI))
+    def end_strings(self, out, slow):
+        """Restores RSI and RDI and goes on; what jumped to `out` goes to `slow` with them restored."""
+        done, restored = self.label(), bytes((0x58 | self.RDI, 0x58 | self.RSI))
+        self.jump(done)
+        self.bind(out)
+        self.code += restored
+        self.jump(slow)
+        self.bind(done)
+        self.code += restored
 
     def leave_if_outside(self, start, bytes, out):
         self.indirect(0x8D, 1, self.RAX, start, 0, self.RCX)
@@ -6256,12 +6263,10 @@ class X64(Assembler):
         self.register(extreme, 0, 2, b)
         self.register(equal, 0, 2, a)
         if negated:
-            return self.vector_not_scratch(d)
-        self.float_move(d, 2)
-
-    def vector_not_scratch(self, d):
-        self.register(0x66000F76, 0, d, d)
-        self.register(0x66000FEF, 0, d, 2)
+            self.register(0x66000F76, 0, d, d)      # pcmpeqd: all ones
+            self.register(0x66000FEF, 0, d, 2)
+        else:
+            self.float_move(d, 2)
 
     def vector_float_compare(self, d, a, b, opcode, code, swapped):
         if swapped:
@@ -7954,29 +7959,20 @@ class Compiler:
         self.asm.wrap(register, self.use(a, 0))
         self.put(d, register)
 
-    def float_alu(self, step, reads, write, type, op):
+    def float_binary(self, step, reads, write, type, method, op):
+        """By the assembler's float_alu or minimum."""
         _, d, a, b, _ = step
         first, second = self.use_float(a, type, 0), self.use_float(b, type, 1)
         register = self.float_target(d, type)
-        self.asm.float_alu(op, type == F64, register, first, second)
+        getattr(self.asm, method)(op, type == F64, register, first, second)
         self.put_float(d, type, register)
 
-    def minimum(self, step, reads, write, type, op):
-        _, d, a, b, _ = step
-        first, second = self.use_float(a, type, 0), self.use_float(b, type, 1)
-        register = self.float_target(d, type)
-        self.asm.minimum(op, type == F64, register, first, second)
-        self.put_float(d, type, register)
-
-    def sqrt(self, step, reads, write, type):
-        register = self.float_target(step[1], F64)
-        self.asm.sqrt(type == F64, register, self.use_float(step[2], type, 0))
-        self.put_float(step[1], F64, register)
-
-    def round(self, step, reads, write, type, op):
-        register = self.float_target(step[1], F64)
-        self.asm.round(op, type == F64, register, self.use_float(step[2], type, 0))
-        self.put_float(step[1], F64, register)
+    def float_unary(self, step, reads, write, source, method, *arguments):
+        """By the assembler's sqrt, round, promote or demote."""
+        _, d, a, _, _ = step
+        register = self.float_target(d, F64)
+        getattr(self.asm, method)(*arguments, register, self.use_float(a, source, 0))
+        self.put_float(d, F64, register)
 
     def sign(self, step, reads, write, type, op):
         _, d, a, b, _ = step
@@ -7997,16 +7993,6 @@ class Compiler:
         self.asm.to_integer(type == I64, register, self.use_float(step[2], source, 0), source == F64, is_signed, failed)
         self.put(step[1], register)
         self.asm.bind(back)
-
-    def promote(self, step, reads, write):
-        register = self.float_target(step[1], F64)
-        self.asm.promote(register, self.use_float(step[2], F32, 0))
-        self.put_float(step[1], F64, register)
-
-    def demote(self, step, reads, write):
-        register = self.float_target(step[1], F64)
-        self.asm.demote(register, self.use_float(step[2], F64, 0))
-        self.put_float(step[1], F64, register)
 
     def to_bits(self, step, reads, write, type):
         register = self.target(step[1])
@@ -8319,7 +8305,8 @@ def emitters():
     """{name of an instruction: what compiles it}"""
     rows = {"i32.wrap_i64": bind_emitter(Compiler.wrap), "i64.extend_i32_u": bind_emitter(Compiler.wrap),
             "i64.extend_i32_s": bind_emitter(Compiler.extend, 1, 32), "i64.extend32_s": bind_emitter(Compiler.extend, 1, 32),
-            "f32.demote_f64": bind_emitter(Compiler.demote), "f64.promote_f32": bind_emitter(Compiler.promote)}
+            "f32.demote_f64": bind_emitter(Compiler.float_unary, F64, "demote"),
+            "f64.promote_f32": bind_emitter(Compiler.float_unary, F32, "promote")}
     for name, wide in (("i32.", 0), ("i64.", 1)):
         rows[name + "eqz"] = bind_emitter(Compiler.eqz, wide)
         rows[name + "mul"] = bind_emitter(Compiler.multiply, wide)
@@ -8339,14 +8326,14 @@ def emitters():
         for relation in ("eq", "ne", "lt", "gt", "le", "ge"):
             rows["%s.%s" % (name, relation)] = bind_emitter(Compiler.float_compare, type, relation)
         for op in ("add", "sub", "mul", "div"):
-            rows["%s.%s" % (name, op)] = bind_emitter(Compiler.float_alu, type, op)
+            rows["%s.%s" % (name, op)] = bind_emitter(Compiler.float_binary, type, "float_alu", op)
         for op in ("min", "max"):
-            rows["%s.%s" % (name, op)] = bind_emitter(Compiler.minimum, type, op)
+            rows["%s.%s" % (name, op)] = bind_emitter(Compiler.float_binary, type, "minimum", op)
         for op in ("abs", "neg", "copysign"):
             rows["%s.%s" % (name, op)] = bind_emitter(Compiler.sign, type, op)
         for op in ("ceil", "floor", "trunc", "nearest"):
-            rows["%s.%s" % (name, op)] = bind_emitter(Compiler.round, type, op)
-        rows[name + ".sqrt"] = bind_emitter(Compiler.sqrt, type)
+            rows["%s.%s" % (name, op)] = bind_emitter(Compiler.float_unary, type, "round", op, type == F64)
+        rows[name + ".sqrt"] = bind_emitter(Compiler.float_unary, type, "sqrt", type == F64)
         rows["%s.reinterpret_%s" % (integer, name)] = bind_emitter(Compiler.to_bits, type)
         rows["%s.reinterpret_%s" % (name, integer)] = bind_emitter(Compiler.from_bits, type)
         for other, integer_type in (("i32", I32), ("i64", I64)):
@@ -8399,7 +8386,7 @@ class Machine:
         import _ctypes
         self.ctypes = _ctypes
         self.assembler = assembler_here()
-        long = type("c_long", (_ctypes._SimpleCData,), {"_type_": "l"})
+        long = c_type("l")
         # Python's own lock is kept: native code is short of nothing but time.
         self.function_type = type("NativeFunction", (_ctypes.CFuncPtr,), {
             "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI, "_restype_": long, "_argtypes_": (long,) * 3})
@@ -8420,10 +8407,6 @@ class Machine:
         if stack is None:
             stack = self.stacks[thread] = GuestStack(self)
         return stack
-
-    def address_of(self, mapping):
-        byte = type("c_char", (self.ctypes._SimpleCData,), {"_type_": "c"})
-        return self.ctypes.addressof(byte.from_buffer(mapping))
 
     def map_code(self):
         """One memfd, mapped to be written and to be executed: no page is ever both."""
@@ -8511,7 +8494,7 @@ class GuestStack:
 
     def __init__(self, machine):
         mapping = mmap.mmap(-1, NATIVE_STACK_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-        self.view, self.start = memoryview(mapping), machine.address_of(mapping)
+        self.view, self.start = memoryview(mapping), buffer_address(mapping)
         self.bottom = self.top = self.start + NATIVE_STACK_BYTES - 64
         self.host_top, self.host_bytes = 0, host_stack_bytes(machine.ctypes) // 2
 
@@ -8527,8 +8510,7 @@ def host_stack_bytes(_ctypes):
             os.confstr("CS_GNU_LIBC_VERSION")
         except (OSError, ValueError):
             return 1 << 17
-    long = type("c_long", (_ctypes._SimpleCData,), {"_type_": "l"})
-    limits = type("rlimit", (_ctypes.Array,), {"_type_": long, "_length_": 2})()
+    limits = type("rlimit", (_ctypes.Array,), {"_type_": c_type("l"), "_length_": 2})()
     libc.getrlimit(RLIMIT_STACK, limits)
     return min(int.from_bytes(memoryview(limits).tobytes()[:8], "little"), 1 << 23)
 
@@ -8598,7 +8580,7 @@ class Context:
         size = self.functions_offset + 8 * len(self.functions)
         self.mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(self.mapping)
-        self.address = machine.address_of(self.mapping)
+        self.address = buffer_address(self.mapping)
         self.sites = []                 # of helper calls
         self.codes, self.starts = [], []            # NativeCode, and where each starts, in ascending order
         self.returns = {}               # return address -> NativeCode
@@ -8612,7 +8594,7 @@ class Context:
                               (CALLBACK, function_address(self.callback))):
             self.write(offset, value)
         if machine.signals:
-            self.write(SIGNALS, machine.address_of(machine.signals))
+            self.write(SIGNALS, buffer_address(machine.signals))
         pointers = struct.pack("<Q", machine.helper_address) * len(self.functions)
         self.view[self.functions_offset:self.functions_offset + len(pointers)] = pointers
         for variable in own:
@@ -8625,7 +8607,7 @@ class Context:
         if instance.memories:
             memory = instance.memories[0]
             self.least_bytes = memory.pages * PAGE_BYTES
-            self.write(MEMORY_BASE, machine.address_of(memory.mapping))
+            self.write(MEMORY_BASE, buffer_address(memory.mapping))
             memory.observers.append(self.resized)
             self.resized(memory)
 
@@ -8879,7 +8861,7 @@ class Mirror:
         if self.mapping is None or len(self.mapping) < 8 * length:
             try:
                 self.mapping = mmap.mmap(-1, max(8 * length, 4096), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                self.context.write(self.offset, self.context.machine.address_of(self.mapping))
+                self.context.write(self.offset, buffer_address(self.mapping))
             except OSError:
                 length = 0              # all goes the slow way
         else:
@@ -9025,9 +9007,10 @@ def do_enter_loop(R, d, a, b):
 
 def choose_tier(mode):
     """What Module.tier is to be for a mode."""
-    if mode in ("interpreter", "native") and os.uname().machine not in NATIVE_MACHINES or mode == "interpreter":
+    has_assembler = os.uname().machine in NATIVE_MACHINES
+    if mode == "interpreter" or mode == "native" and not has_assembler:
         return None
-    return Tier(mode) if mode != "portable" and os.uname().machine in NATIVE_MACHINES else PortableTier(mode)
+    return Tier(mode) if has_assembler and mode != "portable" else PortableTier(mode)
 
 
 def native_status():
@@ -9527,8 +9510,7 @@ STATFS = []                             # room for a struct statfs, once it is n
 def statfs_buffer():
     """A struct statfs as an array of longs, the first of which is f_type: statfs(2)."""
     import _ctypes
-    long = type("c_ulong", (_ctypes._SimpleCData,), {"_type_": "L"})
-    STATFS.append(type("statfs", (_ctypes.Array,), {"_type_": long, "_length_": 32})())
+    STATFS.append(type("statfs", (_ctypes.Array,), {"_type_": c_type("L"), "_length_": 32})())
     return STATFS[0]
 
 
@@ -12861,14 +12843,13 @@ def device_rule(text):
 
 def attach_device_program(directory, rules):
     """Loads the program of the rules and attaches it to a version 2 group."""
-    import _ctypes
     call = SYS_BPF.get(os.uname().machine)
     if call is None:
         raise ConfigError("config.json: linux.resources.devices: bpf(2) is unknown on %s" % os.uname().machine)
     program = device_program(list(rules) + [device_rule(text) for text in DEVICE_RULES])
     memory = mmap.mmap(-1, len(program) + 64)
     memory[:] = program + b"GPL\0".ljust(64, b"\0")
-    address = buffer_address(memory, _ctypes)
+    address = buffer_address(memory)
     load = struct.pack("=IIQQIIQII", BPF_PROG_TYPE_CGROUP_DEVICE, len(program) // 8, address, address + len(program),
                        0, 0, 0, 0, 0).ljust(120, b"\0")
     group = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -12881,12 +12862,6 @@ def attach_device_program(directory, rules):
             os.close(fd)
     finally:
         os.close(group)
-
-
-def buffer_address(memory, _ctypes):
-    """The address of a writable buffer; it is valid as long as the buffer lives."""
-    byte = type("c_char", (_ctypes._SimpleCData,), {"_type_": "c"})
-    return _ctypes.addressof(byte.from_buffer(memory))
 
 
 # === 21. Container process ====================================================
@@ -13713,10 +13688,9 @@ def home_of(uid):
 
 
 def do_seccomp(setup, call, flags, program):
-    import _ctypes
     memory = bytearray(program)         # no mapping: its end would be a call that the filter may forbid
     try:
-        libc.syscall(call, SECCOMP_SET_MODE_FILTER, flags, struct.pack("@HP", len(program) // 8, buffer_address(memory, _ctypes)))
+        libc.syscall(call, SECCOMP_SET_MODE_FILTER, flags, struct.pack("@HP", len(program) // 8, buffer_address(memory)))
     except OSError as error:
         raise OSError(error.errno, "linux.seccomp: the kernel refuses the filter: %s" % os.strerror(error.errno)) from None
 
