@@ -2773,7 +2773,8 @@ def check_module(module):
             module.declared.add(index)
     if module.start is not None:
         check_index("function", module.start, module.functions)
-        if module.function_type(module.start) != FunctionType((), ()):
+        type = module.function_type(module.start)
+        if type.params or type.results:
             raise Invalid("start function")
     for segment in module.elements:
         check_element(module, segment)

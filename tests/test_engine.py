@@ -267,6 +267,21 @@ def test_only_references_of_the_other_hierarchy_are_converted(convert, source, t
     assert validate(module_of(b"\0\x20\0" + convert + b"\x0b", b"\x60\1" + source + b"\1" + target)) == valid
 
 
+@pytest.mark.parametrize("type, valid", [
+    (b"\x60\0\0", True), (b"\x60\1\x7f\0", False), (b"\x60\0\1\x7f", False),
+    (b"\x50\0\x60\0\0", True),                   # (sub (func))
+    (b"\x4e\2\x60\0\0\x60\0\0", True),          # (rec (func) (func))
+])
+def test_a_start_function_takes_and_returns_nothing_whatever_its_type_is_declared_as(type, valid):
+    data = (b"\0asm\1\0\0\0" + section(1, type) + section(3, b"\0") + b"\x08\1\0" + section(10, b"\3\0\0\x0b"))
+    try:
+        Module(data)
+    except Invalid as error:
+        assert not valid and str(error) == "start function"
+    else:
+        assert valid
+
+
 @pytest.mark.parametrize("call", [b"\x10", b"\x12"])
 def test_a_call_of_an_import_is_checked_against_the_type_that_the_module_declares(call):
     # (sub (func (param structref))), and below it (sub 0 (func (param anyref)))
