@@ -12125,7 +12125,7 @@ class Cgroup:
         return sorted(found - {0})
 
     def kill(self):
-        """SIGKILL for all inside; a task that ends when they are gone, or after a second."""
+        """A task that sends SIGKILL to all inside until they are gone, for a second at most."""
         for _ in range(KILL_ROUNDS):
             pids = self.pids()
             if not pids:
@@ -12341,7 +12341,7 @@ class LimitedCgroup(Cgroup):
                 write_text(path, str(limit))
 
     def limit_devices(self, rules):
-        """The device allow list: written to version 1's controller; version 2 has none."""
+        """The device allow list: written to version 1's controller; version 2 has a program instead."""
         for index, rule in enumerate(rules):
             check_device_rule(rule, "config.json: linux.resources.devices[%d]" % index)
         if "devices" not in self.directories:
@@ -13998,7 +13998,7 @@ REFUSALS = {
     ("Update", STOPPED): (FAILED_PRECONDITION, "cannot update a stopped container"),
     ("Stats", STOPPED): (NOT_FOUND, "the container's processes are gone"),
 }
-DRAIN_STALL_S, DRAIN_MAX_S = 0.5, 10
+DRAIN_STALL_S, DRAIN_MAX_S = 0.5, 10    # for a client that reads nothing, or slowly
 LOGGER_READY_S, LOGGER_END_S = 10, 12
 COPY_BYTES = 65536
 PIECES_IN_A_ROW = 16                    # then others have their turn: a flood of output stalls nobody
@@ -14220,8 +14220,8 @@ class Stdio:
             self.stdin_writer = -1
 
     def drain(self, loop):
-        """A task that waits until the client has read all output: what is in the fifo when
-        exit is reported is lost. A client that does not read is given half a second."""
+        """A task that waits until the client has read all output: what is in the fifo when exit is
+        reported is lost. A client that reads nothing is given DRAIN_STALL_S, a slow one DRAIN_MAX_S."""
         yield self.copied, 2
         if self.output >= 0:
             loop.close(self.output)     # for which copy_terminal may still wait
@@ -14345,7 +14345,7 @@ def end_logger(io):
 class Container:
     """A container: its bundle, its init process, those of Exec, and what must be undone."""
 
-    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "pause", "hook", "made", "deleted",
+    __slots__ = ("id", "bundle", "config", "rootfs", "mounted", "cgroup", "init", "execs", "paused", "hook", "made", "deleted",
                  "oom", "oom_kills", "keeper")
 
     def __init__(self, id, bundle):
@@ -14357,10 +14357,10 @@ class Container:
         self.cgroup = None
         self.init = None
         self.execs = {}
-        self.pause = False
+        self.paused = False             # its processes are frozen
         self.oom = -1                   # a descriptor of Cgroup.watch_oom
         self.oom_kills = 0              # so many are reported
-        self.hook = 0                   # pid of the hook that runs
+        self.hook = 0                   # pid of the hook that the shim runs
         self.keeper = 0                 # pid of the process that keeps systemd's scope
         self.made = Event()             # Create has ended
         self.deleted = None             # Event: the Delete that is at work has ended
@@ -14375,7 +14375,7 @@ class Container:
 
     def state(self, process):
         """A process's state: what runs in a paused container is paused."""
-        return PAUSED if self.pause and process.state == RUNNING else process.state
+        return PAUSED if self.paused and process.state == RUNNING else process.state
 
 
 # -- images whose layers are modules --
@@ -15229,7 +15229,7 @@ class TaskService:
                 signal = SIGKILL
         if not send_signal(process, signal):
             raise RpcError(NOT_FOUND, "%s: process already finished" % container.id)
-        if signal == SIGKILL and container.pause:
+        if signal == SIGKILL and container.paused:
             self.freeze(container, False)       # version 1's freezer holds even the killed
         return {}
 
@@ -15257,7 +15257,7 @@ class TaskService:
         if not container.cgroup:
             raise RpcError(FAILED_PRECONDITION, "%s: the container has no cgroup" % container.id)
         container.cgroup.freeze(frozen)
-        container.pause = frozen
+        container.paused = frozen
 
     def CloseIO(self, request):
         process = self.container(request["id"]).process(request["exec_id"])
@@ -15725,11 +15725,11 @@ SHIM_FLAGS = ("namespace", "id", "address", "publish-binary", "bundle", "socket"
 SHIM_SWITCHES = ("debug", "info", "v", "version")
 FEATURES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 UNUSED_EXIT_S = 300                     # so long without a container: containerd has forgotten us
-BUNDLE_CHECK_S = 2
+BUNDLE_CHECK_S = 2                      # between two looks at whether the first bundle is still there
 ACCEPT_PAUSE_S = 0.1
-PROBE_S, JOIN_S = 1, 10
-EXPECT_S = 30                           # so long after `start` at most containerd calls Create
-FLUSH_S = 3
+PROBE_S, JOIN_S = 1, 10                 # for the answer of a shim that `delete`, or `start`, has found
+EXPECT_S = 30                           # between a container's `start` and its Create, at most
+FLUSH_S = 3                             # for the last events and answers, as long as containerd waits for Shutdown's
 EVENT_TIMEOUT_S = 5
 MAX_EVENTS = 2048
 MAX_REFUSALS = 5                        # of one event, by a containerd that answers
