@@ -13199,7 +13199,10 @@ def move_mount(tree, fd, recursive):
 def prepare_child(setup, steps, user_namespace, pid_namespace):
     """What a child of the shim does before it forks the container's process: with the host's
     rights that for which a user namespace's root has none, then into that namespace. Nothing
-    that is mounted on the way may leak back to the host."""
+    that is mounted on the way may leak back to the host. What it forks is born in the container's pid
+    namespace, with the host's root and descriptors still, and must not be dumpable for a moment: where
+    the maps are those of the host, the new identity does not see to that."""
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if setup.cgroup:
         setup.cgroup.enter()
     if user_namespace is not None:

@@ -396,6 +396,21 @@ def test_the_process_is_not_dumpable_before_it_joins_anything(monkeypatch):
     assert seen[-2:] == [(chibishim.PR_SET_DUMPABLE, 0), "set-up"]
 
 
+def test_the_process_is_born_in_a_user_namespace_not_dumpable():
+    "N14: with the host's maps, too, an exec showed the host's root to who was in the container already"
+    get_dumpable, maps = 3, [(0, 0, 65536)]
+    space = chibishim.make_user_namespace(maps, maps)
+    pid = os.fork()
+    if not pid:
+        try:
+            chibishim.prepare_child(chibishim.Setup(None, None, None, -1, -1), [], chibishim.fd_path(space), "")
+            os._exit(chibishim.libc.prctl(get_dumpable, 0, 0, 0, 0))
+        finally:
+            os._exit(9)
+    os.close(space)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 @needs_busybox
 def test_the_engines_program_cannot_be_reached_from_inside(native):
     "N14: CVE-2019-5736, by a root with the usual capabilities"
