@@ -10581,6 +10581,17 @@ def mount_table():
         return [MountEntry(line.rstrip("\n")) for line in file]
 
 
+def close_all_but(*keep):
+    """Closes the descriptors around those to keep: only those reach the container (N4). It ends at the
+    highest: musl, and Linux before 5.9, have no close_range(2), and Python closes one by one."""
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    first = 0
+    for fd in sorted({*keep, highest + 1}):
+        if first < fd:                  # an empty range would wrap round to all
+            os.closerange(first, fd)
+        first = fd + 1
+
+
 def process_start_time(pid):
     """A process's start in clock ticks since boot (field 22 of proc_pid_stat(5)), which
     with the pid identifies it for ever; None if there is no such process."""
@@ -12687,7 +12698,7 @@ def keep_scope():
         _signal.set_wakeup_fd(-1)
         _signal.signal(SIGTERM, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
-        os.closerange(0, 1 << 20)
+        close_all_but()
         try:
             os.execv("/bin/sleep", ["sleep", "2147483647"])     # has less memory than a copy of a shim
         except OSError:
@@ -13818,16 +13829,6 @@ def map_descriptor(fd):
         return mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
     except (ValueError, OSError):
         return os.read(fd, os.fstat(fd).st_size)
-
-
-def close_all_but(*keep):
-    """close_range(2) around the descriptors to keep: only those reach the container (N4)."""
-    first = 0
-    for fd in sorted(set(keep)):
-        if first < fd:                  # an empty range would wrap round to all
-            os.closerange(first, fd)
-        first = fd + 1
-    os.closerange(first, 1 << 20)
 
 
 def reset_signals():
@@ -15969,16 +15970,17 @@ def shim_start(flags):
             cgroup = runtime_options(options).get("shim_cgroup")
             if cgroup:
                 enter_cgroup(cgroup)    # before the daemon is there, which inherits it
+            bundle = os.getcwd()        # containerd may remove it at any time
         except BaseException:
             os.unlink(path)
             raise
-        detach(flags, listener, path)
+        detach(flags, listener, path, bundle)
     write_text("address", "unix://" + path)
     os.write(1, b"unix://" + path.encode())
     return 0
 
 
-def detach(flags, listener, path):
+def detach(flags, listener, path, bundle):
     """Forks the daemon; in the daemon it never returns."""
     pid = os.fork()
     if pid:
@@ -16000,7 +16002,6 @@ def detach(flags, listener, path):
         os.dup2(null, 1)
         os.dup2(stderr, 2)
         close_all_but(0, 1, 2, listener.fileno())
-        bundle = os.getcwd()
         os.chdir("/")
         serve(flags, listener, path, bundle)
         code = 0

@@ -1,5 +1,6 @@
 """Chapter 21: what security.md asks of a container's process (N), seen from inside and from outside."""
 
+import fcntl
 import json
 import os
 import re
@@ -217,6 +218,21 @@ def test_only_stdio_is_inherited(native, in_exec):
         native.call("Exec", exec_id="x", spec={"value": json.dumps(dict(native.config["process"], args=arguments)).encode()})
         pid = native.call("Start", exec_id="x")["pid"]
     assert sorted(os.listdir("/proc/%d/fd" % pid)) == ["0", "1", "2"]
+
+
+def test_every_descriptor_but_those_to_keep_is_closed_and_no_number_above_the_highest(monkeypatch):
+    "N4: where the C library or the kernel has no close_range(2), Python closes each number of a range"
+    with open("/dev/null") as file:
+        high = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD, 500)
+    closed = set()
+    monkeypatch.setattr(chibishim.os, "closerange", lambda low, end: closed.update(range(low, end)))
+    before = set(map(int, os.listdir("/proc/self/fd")))
+    chibishim.close_all_but(0, 2, high)
+    assert before - {0, 2, high} <= closed and not closed & {0, 2, high} and max(closed) < high
+    closed.clear()
+    chibishim.close_all_but()
+    os.close(high)
+    assert before <= closed and max(closed) == high
 
 
 def test_no_working_directory_leads_out_of_the_container(native):

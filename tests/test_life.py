@@ -242,6 +242,21 @@ def test_a_shim_without_a_container_to_expect_ends_soon(grouped):
     os.mkdir(first.path)
 
 
+def test_a_daemon_outlives_its_bundle_from_the_first_step_on(tmp_path, monkeypatch):
+    "L5: one that ends before it is up leaves its socket"
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    monkeypatch.chdir(bundle)
+    monkeypatch.setattr(chibishim.os, "setsid", bundle.rmdir)
+    monkeypatch.setattr(chibishim, "serve", lambda flags, listener, path, bundle: listener.sendall(bundle.encode()))
+    ours, theirs = socket.socketpair()
+    chibishim.detach({}, theirs, "", os.getcwd())
+    theirs.close()
+    assert ours.recv(4096).decode() == str(bundle) and not bundle.exists()
+    os.wait()
+    ours.close()
+
+
 @pytest.mark.parametrize("answer", [b"", b"x", None], ids=["ends", "refuses", "hangs"])
 def test_start_finds_out_whether_a_shim_is_there(tmp_path, monkeypatch, answer):
     "also one of another version, which does not know the question"
