@@ -16,7 +16,7 @@ import zipfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NAME = "containerd-shim-chibiwasm-v1"
-VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 DATE = (1980, 1, 1, 0, 0, 0)
 
 # The module is several code objects, so that nobody waits for what is not needed, nor has it in

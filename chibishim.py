@@ -11150,7 +11150,7 @@ class JsonContext:
     """What _json.make_scanner wants to know of a decoder."""
 
     strict = False
-    object_hook = object_pairs_hook = None
+    object_hook = object_pairs_hook = array_hook = None         # the last since Python 3.15
     parse_float, parse_int, parse_constant = float, int, float
     memo = {}
 

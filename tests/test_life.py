@@ -977,7 +977,7 @@ POISON = "import os; os.write(2, b'injected'); os._exit(99)\n"
 def test_no_module_is_imported_from_the_containers_root(bundle, arguments, status):
     "P2: at each place where Python would look lies one of every name"
     rootfs = os.path.join(bundle.path, "rootfs")
-    for place in {path for path in sys.path if "python" in path and "zip" not in path} | {"/usr/lib/python3.%d" % minor for minor in range(10, 15)}:
+    for place in {path for path in sys.path if "python" in path and "zip" not in path} | {"/usr/lib/python3.%d" % minor for minor in range(10, 16)}:
         directory = rootfs + (place if not place.startswith(ROOT) else "/app")
         os.makedirs(directory, exist_ok=True)
         for name in sys.stdlib_module_names:

@@ -19,7 +19,7 @@ import build_zipapp
 def pythons():
     """The interpreters at hand; what PATH finds may be a script that starts one."""
     found = []
-    for path in filter(None, (shutil.which("python3.%d" % minor) for minor in range(10, 15))):
+    for path in filter(None, (shutil.which("python3.%d" % minor) for minor in range(10, 16))):
         done = subprocess.run([path, "-c", "import sys; print(sys.executable)"], capture_output=True, text=True)
         found += done.stdout.split() if done.returncode == 0 else []
     return found or [sys.executable]
