@@ -4388,6 +4388,8 @@ def execute(function, arguments):
                             raise Trap("null function reference")
                         values = [R[slot] for slot in y]
                         if callee.host:
+                            if kind == TAIL_CALL:           # of this frame, nothing is left
+                                z = None, 0, None, None
                             results = callee.call(*values) or ()
                             if kind == TAIL_CALL:
                                 R = list(results)

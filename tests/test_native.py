@@ -203,6 +203,19 @@ def test_recursion_through_the_host_is_exhaustion_at_whatever_frame_it_ends(wat,
     assert not outcomes
 
 
+@pytest.mark.parametrize("mode", ["interpreter", "native"])
+def test_who_made_a_tail_call_is_in_no_backtrace(wat, tier, mode):
+    def fail():
+        raise Trap("the host's")
+    tier(mode)
+    instance = Instance(Module(wat("""(module (import "m" "h" (func $host)) (func $gone return_call $host)
+      (func (export "f") call $gone))""", *FLAGS)), {"m": {"h": fail}})
+    for _ in range(2):
+        with pytest.raises(Trap, match="the host's") as caught:
+            instance.exports["f"]()
+        assert [function.index for function, _ in caught.value.backtrace] == [2]
+
+
 def test_tail_calls_need_no_stack(native):
     instance = native("""(module (type $t (func (param i32 i64 f64) (result i64))) (table 1 funcref) (elem (i32.const 0) $g)
       (func $f (export "f") (param i32 i64) (result i64)
