@@ -557,10 +557,12 @@ def response_frame(stream, payload):
     """A server's answer; `payload` is the encoded response message. containerd 1.6 dies
     of a frame over the limit, so such an answer becomes an error."""
     body = encode("Response", {"payload": payload})
-    if len(body) > MAX_FRAME_BYTES:
-        return error_frame(stream, RESOURCE_EXHAUSTED, "message length %d exceed maximum message size of %d" % (
-            len(body), MAX_FRAME_BYTES))
-    return frame(stream, RESPONSE, body)
+    return frame(stream, RESPONSE, body) if len(body) <= MAX_FRAME_BYTES else length_error_frame(stream, len(body))
+
+
+def length_error_frame(stream, size):
+    """The refusal of a message of that many bytes, in the Go library's words."""
+    return error_frame(stream, RESOURCE_EXHAUSTED, "message length %d exceed maximum message size of %d" % (size, MAX_FRAME_BYTES))
 
 
 def error_frame(stream, code, message):
@@ -593,11 +595,10 @@ class ServerProtocol:
         """(calls, refusals) for the bytes that came: calls are (stream, service, method,
         payload), refusals the bytes to send for what is no call."""
         calls = []
-        refusals = b""
+        refusals = bytearray()          # bytes would be copied for each frame of a flood
         for stream, type, size, payload in self.reader.feed(data):
             if payload is None:
-                refusals += error_frame(stream, RESOURCE_EXHAUSTED, "message length %d exceed maximum message size of %d" % (
-                    size, MAX_FRAME_BYTES))
+                refusals += length_error_frame(stream, size)
             elif type != REQUEST:
                 pass                    # as the Go server: neither an answer nor an error
             elif not stream & 1:
@@ -612,7 +613,7 @@ class ServerProtocol:
                     refusals += error_frame(stream, INVALID_ARGUMENT, "unmarshal request error: %s" % error)
                     continue
                 calls.append((stream, request["service"], request["method"], request["payload"]))
-        return calls, refusals
+        return calls, bytes(refusals)
 
 
 # === 5. WebAssembly types =====================================================
