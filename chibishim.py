@@ -16600,11 +16600,11 @@ def catch_signals():
     the guest, and what we made has to be removed. What was ignored stays so, as under nohup(1)."""
     import _signal
     wake, poke = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    _signal.set_wakeup_fd(poke, warn_on_full_buffer=False)
     for number in FORWARDED_SIGNALS:
         if _signal.getsignal(number) != _signal.SIG_IGN:
             _signal.signal(number, lambda number, frame: None)
     _signal.signal(SIGPIPE, _signal.SIG_IGN)
-    _signal.set_wakeup_fd(poke, warn_on_full_buffer=False)
     return wake
 
 
@@ -16623,16 +16623,18 @@ class Driver:
         self.done = False
 
     def shim(self, action, data=b""):
-        """Runs the shim's command as containerd does; returns what it printed. A terminal's Ctrl-C is
-        for us alone, hence the session."""
+        """Runs the shim's command as containerd does; returns what it printed. A terminal's Ctrl-C is for us
+        alone, hence the session; what is hit before it has that is run again."""
         import subprocess
         words = [sys.executable, "-IS", absolute_path(sys.argv[0]), "-namespace", "local", "-address",
                  join_path(self.scratch, "none.sock"), "-publish-binary", "", "-id", self.id]
-        done = subprocess.run(words + (["-bundle", self.bundle] if action == "delete" else []) + [action], input=data,
-                              cwd=self.bundle, stdout=subprocess.PIPE, start_new_session=True)
-        if done.returncode:
-            raise ContainerError("the shim's %s failed with status %d" % (action, done.returncode))
-        return done.stdout
+        words += (["-bundle", self.bundle] if action == "delete" else []) + [action]
+        while True:
+            done = subprocess.run(words, input=data, cwd=self.bundle, stdout=subprocess.PIPE, start_new_session=True)
+            if not done.returncode:
+                return done.stdout
+            if -done.returncode not in FORWARDED_SIGNALS:
+                raise ContainerError("the shim's %s failed with status %d" % (action, done.returncode))
 
     def run(self):
         """start → Create → Start → Wait → Delete → Shutdown → delete; the exit status."""

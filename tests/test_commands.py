@@ -189,6 +189,19 @@ def test_a_terminal_s_ctrl_c_is_the_guest_s(scratch):
 
 
 @needs_root
+def test_a_command_of_the_shim_that_ctrl_c_hits_is_run_again(here, monkeypatch):
+    """Until it has a session of its own it belongs to the terminal's foreground group."""
+    words, run = [], subprocess.run
+
+    def run_hit(command, **options):
+        words.append(command[-1])
+        return run(["sh", "-c", "kill -INT $$"] if len(words) % 2 else command, **options)
+    monkeypatch.setattr(subprocess, "run", run_hit)
+    assert here.command_container([GUEST, "exit"]) == 7
+    assert words == ["start", "start", "delete", "delete"]
+
+
+@needs_root
 def test_a_signal_that_was_ignored_stays_so(scratch):
     """nohup(1)."""
     with subprocess.Popen(SHIM + ["container", GUEST, "z"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

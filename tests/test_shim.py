@@ -1183,7 +1183,7 @@ def test_a_flood_through_the_shim_stalls_nobody(bundle, terminal):
         if flood:
             flood.kill()
             flood.wait()
-    assert sorted(times)[30] < 0.02
+    assert sorted(times)[30] < 0.25
 
 
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
