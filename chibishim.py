@@ -10381,9 +10381,7 @@ def run_command(data, arguments, environment, preopens, function="_start", prelo
         if any(item.module == "wasi_unstable" for item in module.imports):
             imports["wasi_unstable"] = WasiUnstable(wasi).imports()
         for name, preload in preloads:
-            preload = Module(preload)
-            preload.translator = translator
-            imports[name] = Instance(preload, imports).exports
+            imports[name] = preloaded(name, preload, imports, translator)
         return run_export(wasi, module, imports, function, arguments[1:])
     except Exit as exit:
         return exit_status(exit.args[0])
@@ -10399,6 +10397,16 @@ def run_command(data, arguments, environment, preopens, function="_start", prelo
     except MemoryError:
         report("error: not enough memory for the module")
     return EXIT_TRAP
+
+
+def preloaded(name, data, imports, translator):
+    """The exports of a module that is to satisfy imports; an error tells which one it was."""
+    try:
+        module = Module(data)
+        module.translator = translator
+        return Instance(module, imports).exports
+    except (Malformed, Invalid, Unlinkable) as error:
+        raise error.__class__("preload %s: %s" % (name, error)) from None
 
 
 def start_timer(seconds):
@@ -15818,7 +15826,7 @@ def features():
              "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": True},
              "seccomp": {"enabled": True}, "apparmor": {"enabled": True}, "selinux": {"enabled": True},
              "intelRdt": {"enabled": False}, "mountExtensions": {"idmap": {"enabled": True}}}
-    return {"ociVersionMin": "1.0.0", "ociVersionMax": "1.2.0", "hooks": HOOK_POINTS, "linux": linux,
+    return {"ociVersionMin": "1.0.0", "ociVersionMax": "1.3.0", "hooks": HOOK_POINTS, "linux": linux,
             "mountOptions": sorted({*MOUNT_FLAGS, *PROPAGATION, *RECURSIVE_OPTIONS, *EXTENSIONS})}
 
 
@@ -16028,10 +16036,10 @@ class Shim:
         self.path = path
         self.bundle = bundle            # of the first container
         self.loop = Loop(forgiving=True)
+        self.events_path = environment("TTRPC_ADDRESS") or flags["address"] + ".ttrpc"
         self.events = []                # encoded ForwardRequests, the oldest first
         self.news = Event()
         self.tasks = TaskService(self.loop, self.publish, flags["namespace"], flags["address"])
-        self.methods = {(service, method): method for service in TASK_SERVICES for method in TASK_METHODS}
 
     def serve(self):
         """Runs until containerd shuts us down or nobody wants us any more."""
@@ -16058,7 +16066,11 @@ class Shim:
         self.listener.close()
         deadline = time.monotonic() + FLUSH_S
         self.loop.spawn(pause_until(deadline))
-        self.loop.run(lambda: not self.events and not self.unsent() or time.monotonic() > deadline)
+        self.loop.run(lambda: not (self.events and self.is_heard()) and not self.unsent() or time.monotonic() > deadline)
+
+    def is_heard(self):
+        """Whether somebody may take our events: there is a socket of containerd's."""
+        return exists(self.events_path) or exists(self.flags["address"])
 
     def unsent(self):
         """Whether an answer waits to be written."""
@@ -16166,8 +16178,7 @@ class Shim:
     def send_events(self):
         """Delivers events one after the other, each until containerd has it: it may be away for
         long. What it refuses again and again must not hold up the others."""
-        address = environment("TTRPC_ADDRESS") or self.flags["address"] + ".ttrpc"
-        client = Client(address)
+        client = Client(self.events_path)
         failures = refusals = 0
         while True:
             if not self.events:

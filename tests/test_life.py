@@ -891,6 +891,16 @@ def test_an_event_that_containerd_calls_invalid_is_not_repeated(bundle, heard):
     assert asked == ["/tasks/" + topic for topic in LIFE]
 
 
+def test_a_shim_whose_events_nobody_can_take_ends_at_once(bundle):
+    "L9: without any socket of containerd's, as for the command `container`"
+    bundle.start()
+    live(bundle)
+    began = time.monotonic()
+    bundle.call("Shutdown")
+    until(lambda: not bundle.processes())
+    assert time.monotonic() - began < chibishim.FLUSH_S / 2
+
+
 def test_an_event_that_is_not_answered_is_sent_again(bundle, heard, monkeypatch):
     "L9, T7: and the calls go on meanwhile"
     heard.stop()

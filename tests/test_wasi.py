@@ -1022,6 +1022,12 @@ def test_start_s_result_is_not_printed(wat, tmp_path):
     assert run(wat('(module (func (export "_start") (result i32) (i32.const 7)))'), tmp_path=tmp_path).stdout == b""
 
 
+def test_a_preloaded_module_that_is_none_is_named(wat, tmp_path):
+    (tmp_path / "cut.wasm").write_bytes(b"\0asm\1\0\0\0\1")
+    done = run(wat(WRITE_HELLO % ""), options=["--preload=x=%s" % (tmp_path / "cut.wasm")], tmp_path=tmp_path)
+    assert done.returncode == 134 and done.stderr.startswith(b"error: malformed: preload x: ")
+
+
 def test_a_start_function_can_call_wasi_and_a_preloaded_one_cannot_crash_it(ours, wat, tmp_path):
     assert run(ours("greedy_start"), tmp_path=tmp_path).stdout == b"early\n"
     (tmp_path / "early.wasm").write_bytes(ours("greedy_start"))
