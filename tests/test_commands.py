@@ -306,9 +306,14 @@ def test_what_is_no_utf8_goes_into_no_configuration(tmp_path):
 
 
 def test_too_little_memory_is_said():
-    done = subprocess.run(["sh", "-c", 'ulimit -v 20000; exec "$@"', "sh", *SHIM, "container", HELLO], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=60)
-    assert b"not enough memory" in complaint(done, 1)
+    """Which limit is enough for the start of Python and no more depends on the Python and on its C library."""
+    said = []
+    for kibibytes in range(12000, 28000, 2000):
+        done = subprocess.run(["sh", "-c", 'ulimit -v %d; exec "$@"' % kibibytes, "sh", *SHIM, "container", HELLO], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=60)
+        if b"not enough memory" in done.stderr:
+            said.append(complaint(done, 1))
+    assert said
 
 
 @pytest.mark.parametrize("words", [["run", HELLO], ["container", HELLO], ["inspect", HELLO], ["-v"]], ids=lambda words: words[0])
