@@ -26,12 +26,12 @@ DATE = (1980, 1, 1, 0, 0, 0)
 # call of one of the names, after those with the numbers.
 STAGES = (
     (("serve",), ()),
-    (("container_child", "load_child"), (1,)),
+    (("container_child", "load_child", "prepare_child"), (1,)),
     (("load_engine", "Module", "native_status", "run_command", "command_run"), ()),
     (("Machine", "compile_function"), (3,)),
     (("plan_seccomp",), (1,)),
     (("send_module",), (1,)),
-    (("measure_cgroup", "mount_mapped", "mount_long", "start_logger", "make_user_namespace", "prepare_child", "plan_scheduling",
+    (("measure_cgroup", "mount_mapped", "mount_long", "start_logger", "make_user_namespace", "plan_scheduling",
       "plan_mapping", "plan_time", "enter_cgroup", "start_scope"), (1,)),
     (("command_container", "command_image", "command_inspect"), (1, 2, 3, 4, 5, 6, 7)),
     (("transcribe",), (3,)),

@@ -10524,7 +10524,8 @@ PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_SET_NAME = 36, 3
 PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_CLEAR_ALL = 2, 4
 CAPABILITY_VERSION_3 = 0x20080522
 MAX_WAIT_S = 0x7FFFFFFF // 1000         # at once: epoll_wait(2) and poll(2) count milliseconds in an int
-RESOLVE_IN_ROOT = 0x10
+RESOLVE_NO_XDEV, RESOLVE_IN_ROOT = 0x01, 0x10
+PROC_ROOT_INO = 1                       # the root directory's of any proc file system
 O_PATH = os.O_PATH
 
 SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGTERM, SIGCHLD = 1, 2, 9, 13, 15, 17
@@ -10635,12 +10636,12 @@ def write_text(path, text):
         os.close(fd)
 
 
-def open_in_root(root, path, flags=O_PATH, mode=0):
+def open_in_root(root, path, flags=O_PATH, mode=0, resolve=0):
     """Opens `path` as a process sees it whose root directory is the descriptor `root`:
     symlinks and `..` cannot lead out, magic links are refused. openat2(2), or before
-    Linux 5.6 component by component."""
+    Linux 5.6 component by component, and without what `resolve` adds."""
     name = file_bytes(path.lstrip("/") or ".")
-    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | resolve)
     for _ in range(64):                 # EAGAIN: something was renamed on the way
         try:
             return libc.syscall(SYS_OPENAT2, root, name, how, len(how))
@@ -11584,11 +11585,11 @@ def plan_process(process, linux):
 
 def plan_labels(process):
     """What comes before all else: the way to give the process its AppArmor profile and
-    SELinux label at last, by the step "labels"."""
+    SELinux label at last, by the step "labels". An exec takes the second step when inside."""
     apparmor, selinux = process.get("apparmorProfile") or "", process.get("selinuxLabel") or ""
     if apparmor == "unconfined":
         apparmor = ""
-    return [("open_labels", apparmor, selinux)] if apparmor or selinux else []
+    return [("check_labels", apparmor, selinux), ("open_labels", apparmor, selinux)] if apparmor or selinux else []
 
 
 def plan_mount_label(linux):
@@ -12895,8 +12896,9 @@ def attach_device_program(directory, rules):
 # no half-made container outlives its shim. What the child sends on the status pipe:
 # b"R" (all is mounted: the shim's hooks, please), b"L" (no program is here: is it a layer
 # of the image?), b"W" or b"N" (a Wasm or native payload, ready), b"E" and the text of an
-# error, or the end when the guest runs. The shim answers R, and tells that Start has come,
-# with the child's pid as it numbers it; it answers L with a size and a module.
+# error, or the end when the guest runs. The shim's word is the child's pid as it numbers it:
+# first when it has the child as its own and in the cgroup, then in answer to R, and when
+# Start has come; it answers L with a size and a module.
 
 WASM_MAGIC = b"\0asm"
 WASM_COMPONENT = b"\0asm\x0d\0\1\0"
@@ -12924,7 +12926,7 @@ class Setup:
     """What the operations share while they run in the child."""
 
     __slots__ = ("root", "rootfs", "cgroup", "hooks", "null", "limits", "adopted", "trees", "keep", "mappings",
-                 "shared", "status", "gate", "pid", "later", "payload", "label", "labels", "console", "cwd", "is_inside")
+                 "shared", "status", "gate", "report", "pid", "later", "payload", "label", "labels", "console", "cwd", "is_inside")
 
     def __init__(self, cgroup, hooks, limits, status, gate):
         self.root = -1                  # O_PATH descriptor of the container's root directory
@@ -12934,6 +12936,7 @@ class Setup:
         self.null = -1                  # the host's /dev/null, for masking
         self.limits = limits            # the resource module, if the plan needs it
         self.adopted = False            # a child of the shim forked us, and did prepare_child
+        self.report = -1                # that child's way to tell the shim
         self.is_inside = not cgroup or not cgroup.unified       # in its unified hierarchy from the start
         self.trees = []                 # mounts that stand by for the bind mounts of the plan, in its order
         self.keep = []                  # further descriptors that the plan needs
@@ -12984,7 +12987,7 @@ def do_unshare(setup, flags):
 def do_cgroup(setup):
     """Waits until the shim has moved us into the cgroup, which may take as long as all that we do
     meanwhile. A cgroup namespace shows what is below the group that its maker is in."""
-    if setup.cgroup and not setup.adopted and not setup.pid:
+    if not setup.pid:
         load_engine()
         await_shim(setup)
     if setup.later:
@@ -13218,40 +13221,61 @@ def move_mount(tree, fd, recursive):
     return False
 
 
-def prepare_child(setup, steps, user_namespace, pid_namespace):
-    """What a child of the shim does before it forks the container's process: with the host's
-    rights that for which a user namespace's root has none, then into that namespace. Nothing
-    that is mounted on the way may leak back to the host. What it forks is born in the container's pid
-    namespace, with the host's root and descriptors still, and must not be dumpable for a moment: where
-    the maps are those of the host, the new identity does not see to that."""
-    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if setup.cgroup:
-        setup.cgroup.enter()
-    if user_namespace is not None:
-        libc.unshare(CLONE_NEWNS)
-        mount(None, "/", None, MS_SLAVE | MS_REC)
-        for index, step in enumerate(steps):
-            if step[0] == "join":
-                setup.keep.append(open_namespace(step[1]))
-                steps[index] = ("join", fd_path(setup.keep[-1]), step[2])
-        pid_namespace = pid_namespace and fd_path(open_namespace(pid_namespace))
-        setup.trees = [mapped_tree(setup, step[1], step[4], step[7]) for step in steps
-                       if step[0] == "mount" and step[4] & MS_BIND]
-        for step in steps:
-            if step[0] == "rlimit":     # to be set later, when nobody may raise it
-                raise_rlimit(setup, *step[1:])
-        do_join(None, user_namespace, CLONE_NEWUSER)
+def prepare_child(setup, steps, stdio, user_namespace, pid_namespace):
+    """What a child of the shim does before it forks the container's process. Who is in the container's pid
+    namespace already sees that process from its first moment on, and with CAP_SYS_PTRACE the root
+    directory and the descriptors that it is born with (CVE-2016-9962): an exec joins all the others
+    first. A new container in a pod's pid namespace cannot, for it takes a process inside to mount
+    its /proc; but neither is dumpable for a moment, for those who need no such capability."""
+    leave_shim(setup, stdio)
+    spaces = [open_namespace(path) if path else -1 for path in (pid_namespace, user_namespace)]
+    for step in steps if user_namespace else ():
+        if step[0] == "rlimit":         # to be set later, when nobody may raise it
+            raise_rlimit(setup, *step[1:])
+    if setup.hooks is None:
+        join_container(setup, steps)
+    elif user_namespace:
+        prepare_mounts(setup, steps)
+    enter_namespaces(*spaces, pid_namespace)
+
+
+def join_container(setup, steps):
+    """The first steps of an exec, to the last namespace that it joins. Their descriptors would be a way
+    to the host from inside."""
+    count = 1 + max((index for index, step in enumerate(steps) if step[0] == "join"), default=-1)
+    perform(steps[:count], setup)
+    del steps[:count]
+    while setup.keep:
+        os.close(setup.keep.pop())
+
+
+def prepare_mounts(setup, steps):
+    """With the host's rights that for which a user namespace's root has none. Nothing that is mounted on
+    the way may leak back to the host."""
+    libc.unshare(CLONE_NEWNS)
+    mount(None, "/", None, MS_SLAVE | MS_REC)
+    for index, step in enumerate(steps):
+        if step[0] == "join":
+            setup.keep.append(open_namespace(step[1]))
+            steps[index] = ("join", fd_path(setup.keep[-1]), step[2])
+    setup.trees = [mapped_tree(setup, step[1], step[4], step[7]) for step in steps
+                   if step[0] == "mount" and step[4] & MS_BIND]
+
+
+def enter_namespaces(pid, user, pid_namespace):
+    """Enters the last two by their descriptors, -1 for none, or makes a pid namespace if that is "". It is
+    for the children that follow. A new one is to be the user namespace's; one that is there may
+    be the host's, and takes the host's rights."""
+    if pid >= 0:
+        libc.setns(pid, CLONE_NEWPID)
+        os.close(pid)
+    if user >= 0:
+        libc.setns(user, CLONE_NEWUSER)
+        os.close(user)
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
-    if pid_namespace is not None:
-        enter_pid_namespace(pid_namespace)
-
-
-def enter_pid_namespace(path):
-    """For the children that follow: a new pid namespace, or the one at `path`."""
-    if path:
-        do_join(None, path, CLONE_NEWPID)
-    else:
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)         # fs.suid_dumpable can make of a new identity what it likes
+    if pid_namespace == "":
         libc.unshare(CLONE_NEWPID)
 
 
@@ -13615,8 +13639,7 @@ def do_identity(setup, uid, gid, groups, umask):
             raise                       # a rootless user namespace: setgroups is denied, and nothing was asked
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
-    if not setup.adopted:               # another identity has dropped it
-        libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)      # another identity has dropped it
     libc.prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     os.umask(umask)
@@ -13654,17 +13677,29 @@ def do_no_new_privs(setup):
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def do_open_labels(setup, apparmor, selinux):
-    """Opens what takes the labels while /proc is the host's: in the container's an image
-    may have put a file that takes anything (CVE-2019-16884)."""
-    if apparmor:
-        if read_text("/sys/module/apparmor/parameters/enabled", "N") != "Y":
-            raise ContainerError("process.apparmorProfile %s: this kernel has no AppArmor, or not enabled; unconfined is possible" % apparmor)
-        directory = "/proc/self/attr/apparmor" if is_directory("/proc/self/attr/apparmor") else "/proc/self/attr"
-        open_label(setup, "process.apparmorProfile " + apparmor, directory, "exec " + apparmor, "changeprofile " + apparmor)
+def do_check_labels(setup, apparmor, selinux):
+    """Whether the kernel heeds them, by the host's files."""
+    if apparmor and read_text("/sys/module/apparmor/parameters/enabled", "N") != "Y":
+        raise ContainerError("process.apparmorProfile %s: this kernel has no AppArmor, or not enabled; unconfined is possible" % apparmor)
     if selinux:
         need_selinux("process.selinuxLabel " + selinux)
-        open_label(setup, "process.selinuxLabel " + selinux, "/proc/self/attr", selinux, selinux)
+
+
+def do_open_labels(setup, apparmor, selinux):
+    """Opens what takes the labels. For a new container /proc is the host's; for an exec the container's, as only
+    the process itself may write there: an image, or who is inside, may have put a file there that
+    takes anything (CVE-2019-16884, CVE-2019-19921)."""
+    proc = os.open("/proc", O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if os.fstat(proc).st_ino != PROC_ROOT_INO or not is_kernel_filesystem(proc):
+            raise ContainerError("/proc is no proc file system, without which nobody gets a label")
+        if apparmor:
+            directory = "self/attr/apparmor" if is_directory("/proc/self/attr/apparmor") else "self/attr"
+            open_label(setup, "process.apparmorProfile " + apparmor, proc, directory, "exec " + apparmor, "changeprofile " + apparmor)
+        if selinux:
+            open_label(setup, "process.selinuxLabel " + selinux, proc, "self/attr", selinux, selinux)
+    finally:
+        os.close(proc)
 
 
 def need_selinux(what):
@@ -13678,10 +13713,11 @@ def do_mount_label(setup, label):
     setup.label = label
 
 
-def open_label(setup, what, directory, for_exec, for_now):
-    """Prepares the label for either payload: proc_pid_attr(5)."""
+def open_label(setup, what, proc, directory, for_exec, for_now):
+    """Prepares the label for either payload: proc_pid_attr(5). Nothing may be mounted there."""
     for name, text in (("exec", for_exec), ("current", for_now)):
-        setup.labels.append((what, os.open(join_path(directory, name), os.O_WRONLY | os.O_CLOEXEC), text))
+        fd = open_in_root(proc, join_path(directory, name), os.O_WRONLY, 0, RESOLVE_NO_XDEV)
+        setup.labels.append((what, fd, text))
 
 
 def do_labels(setup):
@@ -13726,7 +13762,7 @@ OPERATIONS = {function.__name__[3:]: function for function in (
     do_loopback_up, do_prepare_root, do_mount, do_mount_cgroup, do_device, do_symlink, do_terminal,
     do_sync, do_hooks, do_sysctl, do_readonly, do_mask, do_readonly_root, do_pivot_root, do_move_root, do_propagation,
     do_chroot, do_hostname, do_domainname, do_rlimit, do_session_keyring, do_bounding, do_make_cwd, do_identity, do_cwd, do_capabilities,
-    do_no_new_privs, do_mount_label, do_open_labels, do_payload, do_labels, do_seccomp)}
+    do_no_new_privs, do_mount_label, do_check_labels, do_open_labels, do_payload, do_labels, do_seccomp)}
 
 
 def open_program(path):
@@ -13875,22 +13911,33 @@ def load_child():
     """Nothing; but in the archive, the first call of this loads all that containers' processes need."""
 
 
+def leave_shim(setup, stdio):
+    """What a child of the shim does first: of what it has of the shim's, only that remains which the
+    container's process needs, and nobody may look at it. It dies with the shim."""
+    reset_signals()
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    for target, fd in enumerate(stdio):
+        os.dup2(fd, target)
+    if setup.cgroup:
+        setup.cgroup.enter_alone()
+        if setup.adopted and not setup.is_inside:       # else the shim moves it, which takes longer
+            setup.cgroup.enter(0, setup.cgroup.unified)
+    close_all_but(0, 1, 2, setup.status, setup.gate, *{setup.console, setup.report} - {-1}, *setup.trees, *setup.keep)
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
 def container_child(process, steps, setup, stdio, terminal):
     """The life of the forked child; never returns. `stdio` are three descriptors."""
     code = 255
     try:
-        reset_signals()
-        if not setup.adopted:           # else the parent is about to end, by intention
+        if setup.adopted:               # prepare_child did the rest; the shim's word is that it is our parent
+            await_shim(setup)
             libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+        else:
+            leave_shim(setup, stdio)
         os.setsid()
-        for target, fd in enumerate(stdio):
-            os.dup2(fd, target)
         if terminal and setup.console < 0:
             fcntl.ioctl(0, TIOCSCTTY, 0)
-        if setup.cgroup and not setup.adopted:
-            setup.cgroup.enter_alone()
-        close_all_but(0, 1, 2, setup.status, setup.gate, *{setup.console} - {-1}, *setup.trees, *setup.keep)
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         code = container_main(process, steps, setup)
     except (ContainerError, ConfigError) as error:
         send_error(setup.status, str(error))
@@ -14015,6 +14062,7 @@ REFUSALS = {
 }
 DRAIN_STALL_S, DRAIN_MAX_S = 0.5, 10    # for a client that reads nothing, or slowly
 LOGGER_READY_S, LOGGER_END_S = 10, 12
+FORK_S = 10                             # for all that comes before a fork into somebody else's namespaces
 COPY_BYTES = 65536
 PIECES_IN_A_ROW = 16                    # then others have their turn: a flood of output stalls nobody
 
@@ -14916,9 +14964,10 @@ class TaskService:
             setup.keep, setup.console = list(keep), process.io.child_console
             if spaces.get("user") == "":
                 made.append(make_user_namespace(*maps))
+                setup.keep.append(made[-1])
                 spaces["user"] = fd_path(made[-1])
             self.make_mappings(setup, steps, spaces, made)
-            pid = fork_into(setup, steps, spaces.get("user"), spaces.get("pid"))
+            pid = fork_into(setup, steps, process.io.child, spaces.get("user"), spaces.get("pid"))
             if not pid:
                 container_child(spec, steps, setup, process.io.child, process.io.names["terminal"])
         finally:
@@ -14933,13 +14982,12 @@ class TaskService:
             raise
         os.set_blocking(process.status, False)
         process.io.forked(self.loop)
-        if container.cgroup and not setup.adopted:
-            try:
-                if not setup.is_inside:
-                    container.cgroup.enter(pid, container.cgroup.unified)
-                self.answer(process)
-            except ProcessLookupError:
-                pass                    # it has died, and its status pipe tells why
+        try:
+            if not setup.is_inside and not setup.adopted:
+                container.cgroup.enter(pid, container.cgroup.unified)
+            self.answer(process)
+        except ProcessLookupError:
+            pass                        # it has died, and its status pipe tells why
 
     def make_mappings(self, setup, steps, spaces, made):
         """User namespaces for the mounts that map ids; `made` gets the descriptors."""
@@ -15325,13 +15373,17 @@ class TaskService:
                 fds[name] = os.open("/proc/%d/ns/%s" % (container.init.pid, NAMESPACES[name][1]), os.O_RDONLY | os.O_CLOEXEC)
             if is_dead(container.init):         # then its pid may have been another process's
                 raise ContainerError("the container's process has ended")
+            if container.cgroup and container.cgroup.frozen():      # by others: we would wait for whom they stop
+                raise ContainerError("the container is paused")
             spaces = {name: fd_path(fd) for name, fd in fds.items()}
-            steps = [("join", path, NAMESPACES[name][0]) for name, path in spaces.items() if name not in ("pid", "user", "mount")]
+            joins = [("join", path, NAMESPACES[name][0]) for name, path in spaces.items() if name not in ("pid", "user", "mount")]
             if "mount" in spaces:               # the last one: /proc is needed until then
-                steps.append(("join", spaces["mount"], CLONE_NEWNS))
+                joins.append(("join", spaces["mount"], CLONE_NEWNS))
+            inside = []
             if process.io.console >= 0:
-                steps.append(("terminal", (process.spec.get("user") or {}).get("uid") or 0, False))
-            steps = plan_labels(process.spec) + plan_affinity(process.spec, "initial") + steps + [("cgroup",)]
+                inside.append(("terminal", (process.spec.get("user") or {}).get("uid") or 0, False))
+            labels = plan_labels(process.spec)
+            steps = labels[:1] + plan_affinity(process.spec, "initial") + joins + labels[1:] + inside + [("cgroup",)]
             self.fork(container, process, process.spec, steps + plan_affinity(process.spec, "final") + last, spaces, fds.values())
         finally:
             for fd in fds.values():
@@ -15376,29 +15428,49 @@ class TaskService:
                 handler(code)
 
 
-def fork_grandchild(prepare):
-    """fork(2) by way of a child that calls `prepare` and ends: it may enter a user namespace, or
-    in one a pid namespace, from where nobody returns. The grandchild falls to us, its subreaper."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if not child:
-        grandchild = -1
-        try:
-            prepare()
-            grandchild = os.fork()
-            if grandchild:
-                os.write(write, b"%d" % grandchild)
-        except (ContainerError, OSError) as error:
-            send_error(write, str(getattr(error, "strerror", None) or error))
-        finally:
-            if grandchild:
-                os._exit(0)
+def fork_grandchild(setup, prepare):
+    """fork(2) by way of a child that calls `prepare` and ends: it may enter namespaces from where nobody
+    returns. The grandchild falls to us, its subreaper."""
+    read, setup.report = os.pipe2(os.O_CLOEXEC)
+    try:
+        child = fork_inside(setup)
+        if not child:
+            be_between(setup, prepare)  # it returns in the grandchild
+            return 0
+    except OSError:
         os.close(read)
-        os.close(write)
-        return 0
-    os.close(write)
-    word = os.read(read, 4096)
-    os.close(read)
+        raise
+    finally:
+        os.close(setup.report)
+    return hear_of_grandchild(child, read)
+
+
+def be_between(setup, prepare):
+    """The life of the child in between; returns in the grandchild only."""
+    grandchild = -1
+    try:
+        prepare()
+        grandchild = os.fork()
+        if grandchild:
+            os.write(setup.report, b"%d" % grandchild)
+    except BlockingIOError as error:    # EAGAIN of fork(2)
+        send_error(setup.report, "fork: %s; linux.resources.pids.limit must leave room for two" % error.strerror)
+    except (ContainerError, OSError) as error:
+        send_error(setup.report, str(getattr(error, "strerror", None) or error))
+    finally:
+        if grandchild:
+            os._exit(0)
+
+
+def hear_of_grandchild(child, read):
+    """The grandchild's pid, once the child in between has ended."""
+    try:
+        if not wait_for({read: select.POLLIN}, FORK_S):
+            os.kill(child, SIGKILL)     # takes effect, and reap() sees it, when what holds it lets go
+            raise ContainerError("the container's process was not forked in %d s: is its cgroup frozen?" % FORK_S)
+        word = os.read(read, 4096)
+    finally:
+        os.close(read)
     os.waitpid(child, 0)
     if not word.isdigit():
         raise ContainerError(word[1:].decode("utf-8", "replace") or "the container's process was not forked")
@@ -15416,18 +15488,19 @@ def give_streams(fds, uid):
                 pass                    # a read-only or foreign file system: the descriptor still works
 
 
-def fork_into(setup, steps, user_namespace, pid_namespace):
-    """fork(2) into namespaces that are for children only. The shim enters a pid namespace, forks,
-    and returns to its own; where it could not, a child in between does that: pid_namespaces(7)."""
-    setup.adopted = user_namespace is not None or pid_namespace is not None and in_user_namespace()
+def fork_into(setup, steps, stdio, user_namespace, pid_namespace):
+    """fork(2) into namespaces that are for children only. The shim makes a pid namespace, forks, and
+    returns to its own: pid_namespaces(7). Where it could not return, or somebody is inside already,
+    a child in between does that."""
+    setup.adopted = bool(user_namespace is not None or pid_namespace or pid_namespace == "" and in_user_namespace())
     if setup.adopted:
-        return fork_grandchild(lambda: prepare_child(setup, steps, user_namespace, pid_namespace))
+        return fork_grandchild(setup, lambda: prepare_child(setup, steps, stdio, user_namespace, pid_namespace))
     if pid_namespace is None:
         return fork_inside(setup)
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     pid = -1
     try:
-        enter_pid_namespace(pid_namespace)
+        libc.unshare(CLONE_NEWPID)
         pid = fork_inside(setup)
         return pid
     finally:

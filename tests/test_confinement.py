@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -419,12 +420,50 @@ def test_the_process_is_born_in_a_user_namespace_not_dumpable():
     pid = os.fork()
     if not pid:
         try:
-            chibishim.prepare_child(chibishim.Setup(None, None, None, -1, -1), [], chibishim.fd_path(space), "")
+            setup = chibishim.Setup(None, None, None, -1, -1)
+            setup.keep.append(space)
+            chibishim.prepare_child(setup, [], (0, 1, 2), chibishim.fd_path(space), "")
             os._exit(chibishim.libc.prctl(get_dumpable, 0, 0, 0, 0))
         finally:
             os._exit(9)
     os.close(space)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def identities(*paths):
+    """'device:inode' of what the paths lead to, without the devices that anybody may open."""
+    found = {path: os.stat(path) for path in paths if os.path.exists(path)}
+    return {"%d:%d" % (status.st_dev, status.st_ino): path for path, status in found.items() if not status.st_rdev}
+
+
+def files_of(pid):
+    """The identities of a process's directories, descriptors and namespaces."""
+    return identities(*("/proc/%d/%s" % (pid, name) for name in ("root", "cwd", "ns/mnt")),
+                      *("/proc/%d/fd/%s" % (pid, fd) for fd in os.listdir("/proc/%d/fd" % pid)))
+
+
+@needs_busybox
+def test_nobody_inside_sees_the_host_by_an_exec(native):
+    "N14: CVE-2016-9962, by a root that may trace"
+    native.config["process"]["capabilities"] = {name: ["CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE"] for name in ("bounding", "permitted", "effective")}
+    native.config["process"]["args"] = ["/bin/busybox", "sh", "-c", "exec 2>/dev/null; while :; do busybox stat -L -c %d:%i "
+                                        "/proc/[0-9]*/root /proc/[0-9]*/cwd /proc/[0-9]*/ns/mnt /proc/[0-9]*/fd/*; done"]
+    pid = native.start().create()
+    native.call("Start")
+    for index in range(20):
+        args = ["/guest.wasm", "z"] if index % 2 else ["/bin/busybox", "sleep", "9"]
+        native.call("Exec", exec_id="x", spec={"value": json.dumps(dict(native.config["process"], args=args)).encode()})
+        process = native.call("Start", exec_id="x")["pid"]
+        time.sleep(0.05)
+        inside = files_of(process)
+        native.call("Kill", exec_id="x", signal=9)
+        native.call("Wait", exec_id="x")
+        native.call("Delete", exec_id="x")
+    host = {**files_of(int(status_of(pid, "PPid")[0])), **identities("/", "/proc", "/dev", native.directory, native.path)}
+    with open(native.output) as file:
+        seen = set(file.read().split("\n"))
+    assert inside.keys() & seen and host
+    assert {host[identity] for identity in host.keys() & seen - files_of(pid).keys()} == set()
 
 
 @needs_busybox

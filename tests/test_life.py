@@ -562,6 +562,115 @@ def test_an_exec_can_be_started_when_the_container_is_paused_no_more(bundle):
     bundle.call("Delete")
 
 
+def test_an_exec_into_a_container_that_somebody_else_froze_fails(bundle):
+    "L12: the child that enters its cgroup would stand still, and the shim with it"
+    bundle.start().create()
+    bundle.call("Start")
+    cgroup = chibishim.cgroup_of(bundle.config["linux"]["cgroupsPath"], bundle.id, chibishim.cgroup_mounts(chibishim.mount_table()), False)
+    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"))
+    try:
+        cgroup.freeze(True)
+        until(cgroup.frozen)
+        assert "paused" in bundle.fails(chibishim.UNKNOWN_ERROR, "Start", exec_id="x")
+    finally:
+        cgroup.freeze(False)
+    bundle.call("Delete", exec_id="x")
+    bundle.call("Kill", signal=signal.SIGKILL)
+    bundle.call("Wait")
+    bundle.call("Delete")
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+def test_an_exec_needs_room_for_two_processes(bundle, limit):
+    "N10: that which is between it and the shim counts, too"
+    bundle.config["linux"]["resources"] = {"pids": {"limit": limit}}
+    bundle.start().create()
+    bundle.call("Start")
+    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"))
+    if limit == 3:
+        assert bundle.call("Start", exec_id="x")["pid"]
+    else:
+        assert "pids.limit must leave room for two" in bundle.fails(chibishim.UNKNOWN_ERROR, "Start", exec_id="x")
+    bundle.call("Kill", signal=signal.SIGKILL)
+    bundle.call("Wait")
+    bundle.call("Delete")
+
+
+def test_a_child_in_between_that_stands_still_is_given_up(monkeypatch):
+    "L12: its cgroup was frozen when it had entered it, and the other containers wait"
+    monkeypatch.setattr(chibishim, "FORK_S", 0.1)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(chibishim.ContainerError, match="frozen"):
+        chibishim.fork_grandchild(chibishim.Setup(None, None, None, -1, -1), lambda: time.sleep(20))
+    assert (os.wait()[1], os.listdir("/proc/self/fd")) == (signal.SIGKILL, before)
+
+
+def test_what_the_child_in_between_cannot_do_is_told():
+    def fail():
+        raise chibishim.ContainerError("join: no")
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(chibishim.ContainerError, match="^join: no$"):
+        chibishim.fork_grandchild(chibishim.Setup(None, None, None, -1, -1), fail)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("between", [True, False], ids=["child", "grandchild"])
+def test_what_is_forked_by_way_of_a_child_dies_with_the_shim(monkeypatch, between):
+    "The pipe to it is still open: a child that hangs does not read it"
+    (status, child_status), (child_gate, gate) = os.pipe(), os.pipe()
+    setup = chibishim.Setup(None, None, None, child_status, child_gate)
+    setup.adopted = True
+
+    def hang(*words):
+        os.write(child_status, b"here")
+        time.sleep(30)
+
+    def prepare():
+        chibishim.leave_shim(setup, (0, 1, 2))
+        if between:
+            hang()
+    monkeypatch.setattr(chibishim, "container_main", hang)
+    shim = os.fork()
+    if not shim:
+        try:
+            chibishim.libc.prctl(chibishim.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            pid = chibishim.fork_grandchild(setup, prepare)
+            if not pid:
+                chibishim.container_child({}, [], setup, (0, 1, 2), False)
+            os.write(gate, pid.to_bytes(4, sys.byteorder))
+            time.sleep(30)
+        finally:
+            os._exit(0)
+    os.close(child_status)
+    assert os.read(status, 99) == b"here"
+    os.kill(shim, signal.SIGKILL)
+    os.waitpid(shim, 0)
+    assert select.select([status], [], [], 5)[0] and os.read(status, 99) == b""
+    for fd in (status, child_gate, gate):
+        os.close(fd)
+
+
+def test_a_container_and_its_exec_join_a_pods_pid_namespace(bundle):
+    "N1: whose first process is another container's"
+    pid = bundle.start().create()
+    bundle.call("Start")
+    second = Bundle(bundle.directory)
+    next(space for space in second.config["linux"]["namespaces"] if space["type"] == "pid")["path"] = "/proc/%d/ns/pid" % pid
+    second.command("delete")            # writes its configuration
+    second.peer, second.reader, second.answers, second.stream = bundle.peer, bundle.reader, [], bundle.stream
+    pids = [second.create()]
+    second.call("Start")
+    second.call("Exec", exec_id="x", spec=process_of(second, "z"))
+    pids.append(second.call("Start", exec_id="x")["pid"])
+    assert {os.readlink("/proc/%d/ns/pid" % pid) for pid in pids} == {os.readlink("/proc/%d/ns/pid" % pid)}
+    assert {chibishim.read_text("/proc/%d/stat" % pid).split()[3] for pid in pids} == {str(bundle.processes()[0])}
+    for made, words in ((second, {"exec_id": "x"}), (second, {})):
+        made.call("Kill", signal=signal.SIGKILL, **words)
+        made.call("Wait", **words)
+        made.call("Delete", **words)
+    bundle.stream = second.stream
+
+
 def test_a_container_is_deleted_once(bundle, heard):
     "L4: also by two calls at once, while a logger takes its time and hooks run"
     def program(name, text):

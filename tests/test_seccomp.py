@@ -543,7 +543,7 @@ def test_the_way_to_the_labels_is_opened_first_and_they_are_given_last():
     config["process"].update(apparmorProfile="docker-default", selinuxLabel="system_u:system_r:container_t:s0")
     config["linux"]["seccomp"] = profile_of(("read", "ALLOW"))
     steps = chibishim.plan(config, "/b", "/b/rootfs")
-    assert steps[0] == ("open_labels", "docker-default", "system_u:system_r:container_t:s0")
+    assert steps[:2] == [(name, "docker-default", "system_u:system_r:container_t:s0") for name in ("check_labels", "open_labels")]
     assert [step[0] for step in steps][-4:] == ["no_new_privs", "payload", "labels", "seccomp"]
     for nothing in ({}, {"apparmorProfile": ""}, {"apparmorProfile": "unconfined", "selinuxLabel": ""}):
         assert chibishim.plan_labels(nothing) == []
@@ -553,11 +553,13 @@ def test_the_way_to_the_labels_is_opened_first_and_they_are_given_last():
 def test_each_payload_gets_its_own_label(kind, texts, tmp_path):
     """With files in the place of the kernel's."""
     setup = chibishim.Setup(None, None, None, -1, -1)
+    proc = os.open(tmp_path, os.O_PATH)
     for directory, texts_of_files in (("apparmor", ("exec p", "changeprofile p")), ("selinux", ("u:r:t", "u:r:t"))):
         (tmp_path / directory).mkdir()
         for name in ("exec", "current"):
             (tmp_path / directory / name).touch()
-        chibishim.open_label(setup, directory, str(tmp_path / directory), *texts_of_files)
+        chibishim.open_label(setup, directory, proc, directory, *texts_of_files)
+    os.close(proc)
     setup.payload = (kind, None, None)
     chibishim.do_labels(setup)
     written, other = ("exec", "current") if kind == "native" else ("current", "exec")
@@ -566,6 +568,32 @@ def test_each_payload_gets_its_own_label(kind, texts, tmp_path):
     for _, fd, _ in setup.labels:
         with pytest.raises(OSError):
             os.fstat(fd)
+
+
+@needs_root
+@pytest.mark.parametrize("source, target, type, error", [
+    ("tmpfs", "/proc", "tmpfs", "no proc file system"), ("/proc/sys", "/proc", None, "no proc file system"),
+    ("/proc/self/sched", "/proc/self/attr/exec", None, os.strerror(errno.EXDEV)), (None, None, None, None)])
+def test_a_label_goes_to_the_kernel_or_nowhere(source, target, type, error):
+    "CVE-2019-16884, CVE-2019-19921: what an exec finds at /proc may be anything"
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            chibishim.libc.unshare(chibishim.CLONE_NEWNS)
+            chibishim.mount(None, "/", None, chibishim.MS_PRIVATE | chibishim.MS_REC)
+            if source:
+                chibishim.mount(source, target, type, 0 if type else chibishim.MS_BIND)
+            chibishim.perform([("open_labels", "", "u:r:t")], chibishim.Setup(None, None, None, -1, -1))
+        except chibishim.ContainerError as caught:
+            os.write(write, str(caught).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as file:
+        text = file.read()
+    os.waitpid(pid, 0)
+    assert error in text if error else text == ""
 
 
 @needs_root
@@ -614,9 +642,10 @@ def test_apparmor_confines_guests_programs_and_execs(bundle, profile):
     bundle.call("Start")
     assert label(pid) == profile + " (enforce)"
     shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs"))
-    spec = json.dumps(dict(bundle.config["process"], args=["/busybox", "sleep", "100"])).encode()
-    bundle.call("Exec", exec_id="e1", spec={"type_url": "", "value": spec})
-    assert label(bundle.call("Start", exec_id="e1")["pid"]) == profile + " (enforce)"
+    for id, args in (("native", ["/busybox", "sleep", "100"]), ("wasm", ["/guest.wasm", "z"])):
+        spec = json.dumps(dict(bundle.config["process"], args=args)).encode()
+        bundle.call("Exec", exec_id=id, spec={"type_url": "", "value": spec})
+        assert label(bundle.call("Start", exec_id=id)["pid"]) == profile + " (enforce)"
     bundle.call("Kill", signal=9)
     bundle.call("Wait")
 
