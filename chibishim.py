@@ -16619,7 +16619,7 @@ def default_config(module, arguments, environment, directories, rootless):
                   "maskedPaths": DEFAULT_MASKED, "readonlyPaths": DEFAULT_READONLY},
     }
     if not rootless and cgroup_mounts(mount_table()):
-        config["linux"]["cgroupsPath"] = "/chibishim/%d" % os.getpid()
+        config["linux"]["cgroupsPath"] = "/chibishim-%d" % os.getpid()
     return config
 
 

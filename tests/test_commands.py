@@ -126,6 +126,17 @@ def test_a_container_without_standard_streams(scratch):
 # -- a container leaves nothing --
 
 @needs_root
+def test_a_container_leaves_no_cgroup(scratch):
+    groups = lambda: set(glob.glob("/sys/fs/cgroup/chibishim*") + glob.glob("/sys/fs/cgroup/*/chibishim*"))
+    before = groups()
+    with subprocess.Popen(SHIM + ["container", GUEST, "z"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as command:
+        assert command.stdout.read(6) == b"ready\n" and groups() > before
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(30) == 143
+    assert groups() <= before
+
+
+@needs_root
 def test_a_container_that_cannot_be_created_leaves_no_shim(scratch, tmp_path):
     """For a mount's place is taken by the module."""
     (tmp_path / "proc").write_bytes(open(HELLO, "rb").read())
