@@ -31,6 +31,7 @@ class Containerd:
         self.answer = answer            # topic -> None, or (code, message) to refuse the event
         self.events = []                # (topic, decoded message)
         self.listener = None
+        self.answering = threading.Lock()       # an event and its answer are one: without it, the shim would send the event again
 
     def start(self):
         if os.path.exists(self.path):
@@ -46,11 +47,12 @@ class Containerd:
         """As a daemon that ends: nobody listens, every connection is closed; its socket's file stays."""
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
-        for peer in self.peers:
-            try:
-                peer.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass                    # the shim was first
+        with self.answering:
+            for peer in self.peers:
+                try:
+                    peer.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass                # the shim was first
 
     def serve(self, listener):
         while True:
@@ -69,13 +71,14 @@ class Containerd:
                     assert (service, method) == ("containerd.services.events.ttrpc.v1.Events", "Forward")
                     envelope = decode("ForwardRequest", payload)["envelope"]
                     refusal = self.answer(envelope["topic"])
-                    if not refusal:
-                        name = envelope["event"]["type_url"].rpartition(".")[2]
-                        self.events.append((envelope["topic"], decode(name, envelope["event"]["value"])))
-                    try:
-                        peer.sendall(chibishim.error_frame(stream, *refusal) if refusal else chibishim.response_frame(stream, b""))
-                    except BrokenPipeError:
-                        return              # a shim that was killed
+                    with self.answering:
+                        if not refusal:
+                            name = envelope["event"]["type_url"].rpartition(".")[2]
+                            self.events.append((envelope["topic"], decode(name, envelope["event"]["value"])))
+                        try:
+                            peer.sendall(chibishim.error_frame(stream, *refusal) if refusal else chibishim.response_frame(stream, b""))
+                        except BrokenPipeError:
+                            return          # a shim that was killed
 
     def topics(self, id=None):
         """What was heard, of one container or all: the last word of each topic; of an exec with its id."""
