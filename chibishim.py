@@ -12826,35 +12826,32 @@ SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "armv6l
 BPF_PROG_LOAD, BPF_PROG_ATTACH = 5, 8
 BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI = 15, 6, 2
 BPF_DEVCG = {"b": 1, "c": 2, "m": 1, "r": 2, "w": 4}                # device types; accesses
-BPF_LDX_W, BPF_MOV_K, BPF_MOV, BPF_AND_K, BPF_RSH_K, BPF_JNE_K, BPF_JNE, BPF_EXIT = (
-    0x61, 0xB7, 0xBF, 0x57, 0x77, 0x55, 0x5D, 0x95)
+BPF_LDX_W, BPF_MOV_K, BPF_MOV, BPF_AND_K, BPF_RSH_K, BPF_JEQ_K, BPF_JNE_K, BPF_EXIT = (
+    0x61, 0xB7, 0xBF, 0x57, 0x77, 0x15, 0x55, 0x95)
 
 
 def device_program(rules):
-    """The eBPF program, as bytes, of OCI device rules: the last rule that matches decides."""
+    """The eBPF program, as bytes, of a list of OCI device rules. Whoever opens a device to read and write
+    asks for both at once; for each of the two the last rule about it decides."""
     def instruction(code, destination=0, source=0, offset=0, immediate=0):
         return struct.pack("=BBhi", code, source << 4 | destination, offset, immediate)
-    # r2 type, r3 access, r4 major, r5 minor
+    # r2 type, r3 the accesses that no rule has allowed yet, r4 major, r5 minor
     out = [instruction(BPF_LDX_W, 2, 1, 0), instruction(BPF_MOV, 3, 2), instruction(BPF_AND_K, 2, immediate=0xFFFF),
            instruction(BPF_RSH_K, 3, immediate=16), instruction(BPF_LDX_W, 4, 1, 4), instruction(BPF_LDX_W, 5, 1, 8)]
-    for rule in reversed(list(rules)):
-        tests = []
-        kind = rule.get("type") or "a"
-        if kind != "a":
-            tests.append((2, BPF_DEVCG[kind]))
+    for rule in reversed(rules):
+        allow = bool(rule.get("allow"))
         access = sum(BPF_DEVCG[letter] for letter in set(rule.get("access") or "rwm"))
-        tests += [(register, rule[name]) for register, name in ((4, "major"), (5, "minor")) if number(rule.get(name)) != "*"]
-        body = []
-        if access != 7:                 # every access bit must be one of the rule's
-            body += [(BPF_MOV, 1, 3, 0), (BPF_AND_K, 1, 0, access), (BPF_JNE, 1, 3, None)]
-        body += [(BPF_JNE_K, register, 0, value) for register, value in tests]
-        end = len(body) + 2
-        for index, (code, register, source, value) in enumerate(body):
-            jump = end - index - 1 if code in (BPF_JNE, BPF_JNE_K) else 0
-            out.append(instruction(code, register, source, jump, value or 0))
-        out += [instruction(BPF_MOV_K, 0, immediate=int(bool(rule.get("allow")))), instruction(BPF_EXIT)]
-        if not body:                    # it matches everything: the verifier refuses what nothing reaches
-            return b"".join(out)
+        if allow:                       # and what is left then, the rule before decides
+            verdict = [instruction(BPF_AND_K, 3, immediate=~access), instruction(BPF_JNE_K, 3, offset=2)]
+        else:
+            verdict = [instruction(BPF_MOV, 1, 3), instruction(BPF_AND_K, 1, immediate=access), instruction(BPF_JEQ_K, 1, offset=2)]
+        verdict += [instruction(BPF_MOV_K, 0, immediate=int(allow)), instruction(BPF_EXIT)]
+        tests = [(register, rule[name]) for register, name in ((4, "major"), (5, "minor")) if number(rule.get(name)) != "*"]
+        if rule.get("type") in ("b", "c"):
+            tests.append((2, BPF_DEVCG[rule["type"]]))
+        for index, (register, value) in enumerate(tests):
+            out.append(instruction(BPF_JNE_K, register, 0, len(tests) - index - 1 + len(verdict), value))
+        out += verdict
     return b"".join(out + [instruction(BPF_MOV_K, 0), instruction(BPF_EXIT)])
 
 

@@ -273,29 +273,53 @@ def test_a_hook_that_cannot_be_is_refused(point, hook, field):
         chibishim.check_config(config)
 
 
+def opens(path, flags):
+    try:
+        os.close(os.open(path, flags))
+        return True
+    except PermissionError:
+        return False
+
+
+def allowed_to(group, attempts):
+    """What a process in the group is allowed to do, of functions that tell."""
+    pid = os.fork()
+    if not pid:
+        try:
+            chibishim.write_text(group + "/cgroup.procs", "0")
+            os._exit(sum(attempt() << index for index, attempt in enumerate(attempts)))
+        finally:
+            os._exit(255)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return [bool(status >> index & 1) for index in range(len(attempts))]
+
+
 @needs_root
 def test_the_device_program_allows_what_the_rules_allow(group, tmp_path):
     nodes = {name: str(tmp_path / name) for name in ("kmsg", "mem")}
     os.mknod(nodes["kmsg"], 0o020600, os.makedev(1, 11))
     os.mknod(nodes["mem"], 0o020600, os.makedev(1, 1))
     chibishim.attach_device_program(group, [DENY_ALL, {"allow": True, "type": "c", "major": 1, "minor": 11, "access": "r"}])
+    assert allowed_to(group, [lambda: opens("/dev/null", os.O_RDWR), lambda: opens(nodes["kmsg"], os.O_RDONLY),
+                              lambda: opens(nodes["kmsg"], os.O_WRONLY), lambda: opens(nodes["mem"], os.O_RDONLY)]) == [True, True, False, False]
 
-    def opens(path, flags):
-        try:
-            os.close(os.open(path, flags))
-            return True
-        except PermissionError:
-            return False
-    pid = os.fork()
-    if not pid:
-        try:
-            chibishim.write_text(group + "/cgroup.procs", "0")
-            found = [opens("/dev/null", os.O_RDWR), opens(nodes["kmsg"], os.O_RDONLY), opens(nodes["kmsg"], os.O_WRONLY),
-                     opens(nodes["mem"], os.O_RDONLY)]
-            os._exit(0 if found == [True, True, False, False] else 1)
-        finally:
-            os._exit(2)
-    assert os.waitpid(pid, 0)[1] == 0
+
+def kmsg_rule(allow, access):
+    return {"allow": allow, "type": "c", "major": 1, "minor": 11, "access": access}
+
+
+@needs_root
+@pytest.mark.parametrize("rules, reads, writes, both", [
+    ([{"allow": True}, kmsg_rule(False, "w")], True, False, False), ([{"allow": True}, kmsg_rule(False, "rw"), kmsg_rule(True, "r")], True, False, False),
+    ([DENY_ALL, kmsg_rule(True, "r"), kmsg_rule(True, "w")], True, True, True), ([kmsg_rule(True, "rw"), kmsg_rule(False, "r")], False, True, False),
+    ([kmsg_rule(False, "w"), {"allow": True, "access": "rw"}], True, True, True), ([kmsg_rule(True, "r"), DENY_ALL], False, False, False),
+], ids=["all but writing", "all but writing, by three", "reading and writing", "all but reading", "denied too early", "allowed too early"])
+def test_to_read_and_write_takes_the_right_to_each(group, tmp_path, rules, reads, writes, both):
+    """One rule may allow the one, and another rule the other, or deny it."""
+    node = str(tmp_path / "kmsg")
+    os.mknod(node, 0o020600, os.makedev(1, 11))
+    chibishim.attach_device_program(group, rules)
+    assert allowed_to(group, [lambda: opens(node, os.O_RDONLY), lambda: opens(node, os.O_WRONLY), lambda: opens(node, os.O_RDWR)]) == [reads, writes, both]
 
 
 @needs_root
