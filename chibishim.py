@@ -9523,7 +9523,7 @@ def kernel_filesystem_devices():
     devices = set()
     with open("/proc/self/mountinfo", "rb") as mounts:
         for line in mounts:
-            fields = line.split()
+            fields = line.split(b" ")
             if fields[fields.index(b"-") + 1] in KERNEL_FILESYSTEMS.values():
                 major, minor = fields[2].split(b":")
                 devices.add(os.makedev(int(major), int(minor)))
@@ -10589,7 +10589,7 @@ def unescape(text):
 
 def mount_table():
     """The mounts of this mount namespace, in the order they were made."""
-    with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+    with open("/proc/self/mountinfo", errors="surrogateescape", newline="\n") as file:     # a name may hold a \r
         return [MountEntry(line.rstrip("\n")) for line in file]
 
 
@@ -10608,8 +10608,8 @@ def process_start_time(pid):
     """A process's start in clock ticks since boot (field 22 of proc_pid_stat(5)), which
     with the pid identifies it for ever; None if there is no such process."""
     try:
-        with open("/proc/%d/stat" % pid) as file:
-            return int(file.read().rpartition(")")[2].split()[19])
+        with open("/proc/%d/stat" % pid, "rb") as file:         # bytes: the name is anything, or ends within a character
+            return int(file.read().rpartition(b")")[2].split()[19])
     except (OSError, IndexError):
         return None
 

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -497,6 +499,33 @@ def in_own_mounts(test):
         finally:
             os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+@needs_root
+def test_a_carriage_return_in_the_name_of_a_mount_point_ends_no_line(tmp_path):
+    "L4: Create, Delete and the delete command read all of the host's mounts"
+    def test():
+        point = str(tmp_path / "a\rb c")
+        os.mkdir(point)
+        chibishim.mount("tmpfs", point, "tmpfs")
+        assert point in [entry.mountpoint for entry in chibishim.mount_table()]
+        chibishim.unmount_all(str(tmp_path))
+        assert point not in [entry.mountpoint for entry in chibishim.mount_table()]
+    in_own_mounts(test)
+
+
+def test_a_process_has_a_start_time_whatever_it_is_called():
+    "L4: a name that the kernel cut to 15 bytes may end within a character"
+    code = "import ctypes, sys; ctypes.CDLL(None).prctl(15, b') 1 2\\xc3', 0, 0, 0); print(flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        with open("/proc/%d/stat" % process.pid, "rb") as file:
+            assert b"() 1 2\xc3)" in file.read()
+        assert 0 < chibishim.process_start_time(os.getpid()) <= chibishim.process_start_time(process.pid)
+    finally:
+        process.communicate()
+    assert chibishim.process_start_time(process.pid) is None
 
 
 @pytest.fixture
