@@ -11505,8 +11505,8 @@ def plan_scheduling(process):
 
 
 def is_decimal(text):
-    """Whether int() takes it, and everybody else would."""
-    return text.isascii() and text.isdigit()
+    """Whether int() takes it, which has a limit of 4300 digits, and everybody else would."""
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def plan_affinity(process, which):
@@ -11526,10 +11526,16 @@ def plan_affinity(process, which):
 def plan_time(linux, spaces):
     """The offsets of a new time namespace's clocks: time_namespaces(7)."""
     offsets = linux.get("timeOffsets") or {}
-    if offsets and spaces.get("time") != "":
-        raise ConfigError("config.json: linux.timeOffsets need a new time namespace in linux.namespaces")
-    return [("time_offsets", "".join("%s %d %d\n" % (clock, item.get("secs") or 0, item.get("nanosecs") or 0)
-                                     for clock, item in sorted(offsets.items())))] if spaces.get("time") == "" else []
+    if spaces.get("time") != "":
+        if offsets:
+            raise ConfigError("config.json: linux.timeOffsets need a new time namespace in linux.namespaces")
+        return []
+    lines = []
+    for clock, item in sorted(offsets.items()):
+        if clock not in ("boottime", "monotonic"):
+            raise ConfigError("config.json: linux.timeOffsets: clock %r has no offset, only boottime and monotonic have" % clock)
+        lines.append("%s %d %d\n" % (clock, (item or {}).get("secs") or 0, (item or {}).get("nanosecs") or 0))
+    return [("time_offsets", "".join(lines))]
 
 
 def plan_personality(linux):

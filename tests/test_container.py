@@ -400,7 +400,7 @@ def test_processors_of_an_exec_are_a_list(text, processors):
     assert chibishim.plan_affinity({"execCPUAffinity": {"final": text}}, "initial") == []
 
 
-@pytest.mark.parametrize("text", ["x", "1-", "-1", "0,,1", "0-99999", "3-1", "²"])
+@pytest.mark.parametrize("text", ["x", "1-", "-1", "0,,1", "0-99999", "3-1", "²", "9" * 5000])
 def test_a_list_of_processors_that_is_none_is_refused(text):
     with pytest.raises(chibishim.ConfigError, match="execCPUAffinity"):
         chibishim.plan_affinity({"execCPUAffinity": {"initial": text}}, "initial")
@@ -411,6 +411,19 @@ def test_clocks_are_set_in_a_new_time_namespace_only():
     assert ("time_offsets", "boottime 5 0\nmonotonic -1 7\n") in plan_of(timeOffsets=offsets, namespaces=namespaces_of({"type": "time"}))
     with pytest.raises(chibishim.ConfigError, match="timeOffsets"):
         plan_of(timeOffsets=offsets)
+
+
+@pytest.mark.parametrize("offset", [None, {}, {"secs": None}])
+def test_a_clock_without_an_offset_stays_as_it_is(offset):
+    "N12"
+    assert ("time_offsets", "monotonic 0 0\n") in plan_of(timeOffsets={"monotonic": offset}, namespaces=namespaces_of({"type": "time"}))
+
+
+@pytest.mark.parametrize("offset", [None, 5, {"secs": 5}])
+def test_an_offset_of_a_clock_that_has_none_is_refused(offset):
+    "N12"
+    with pytest.raises(chibishim.ConfigError, match="linux.timeOffsets: clock 'realtime'"):
+        plan_of(timeOffsets={"realtime": offset}, namespaces=namespaces_of({"type": "time"}))
 
 
 def test_a_processor_of_another_name_is_linux32_or_nothing():
