@@ -10517,7 +10517,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_REMOUNT, MS_MANDLO
     1, 2, 4, 8, 16, 32, 64, 128)
 MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_REC, MS_SILENT, MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = (
     1 << 10, 1 << 11, 1 << 12, 1 << 14, 1 << 15, 1 << 17, 1 << 18, 1 << 19, 1 << 20)
-MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME, MS_MOVE = 1 << 21, 1 << 24, 1 << 25, 1 << 13
+MS_NOSYMFOLLOW, MS_MOVE, MS_RELATIME, MS_I_VERSION, MS_STRICTATIME, MS_LAZYTIME = (
+    1 << 8, 1 << 13, 1 << 21, 1 << 23, 1 << 24, 1 << 25)
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_CAPBSET_DROP = 1, 4, 8, 24
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_SET_NAME = 36, 38, 47, 15
@@ -11089,7 +11090,7 @@ NAMESPACES = {                          # type -> (flag, file in /proc/PID/ns)
     "mount": (CLONE_NEWNS, "mnt"), "ipc": (CLONE_NEWIPC, "ipc"), "uts": (CLONE_NEWUTS, "uts"),
     "cgroup": (CLONE_NEWCGROUP, "cgroup"), "time": (CLONE_NEWTIME, "time"),
 }
-MOUNT_FLAGS = {                         # option -> (set or clear, flag): mount(8)
+MOUNT_FLAGS = {                         # option -> (set or clear, flag): the specification's table, mount(8)
     "ro": (1, MS_RDONLY), "rw": (0, MS_RDONLY), "nosuid": (1, MS_NOSUID), "suid": (0, MS_NOSUID),
     "nodev": (1, MS_NODEV), "dev": (0, MS_NODEV), "noexec": (1, MS_NOEXEC), "exec": (0, MS_NOEXEC),
     "sync": (1, MS_SYNCHRONOUS), "async": (0, MS_SYNCHRONOUS), "dirsync": (1, MS_DIRSYNC),
@@ -11097,6 +11098,8 @@ MOUNT_FLAGS = {                         # option -> (set or clear, flag): mount(
     "nodiratime": (1, MS_NODIRATIME), "diratime": (0, MS_NODIRATIME), "relatime": (1, MS_RELATIME),
     "norelatime": (0, MS_RELATIME), "strictatime": (1, MS_STRICTATIME), "nostrictatime": (0, MS_STRICTATIME),
     "lazytime": (1, MS_LAZYTIME), "nolazytime": (0, MS_LAZYTIME), "silent": (1, MS_SILENT), "loud": (0, MS_SILENT),
+    "iversion": (1, MS_I_VERSION), "noiversion": (0, MS_I_VERSION),
+    "nosymfollow": (1, MS_NOSYMFOLLOW), "symfollow": (0, MS_NOSYMFOLLOW),
     "bind": (1, MS_BIND), "rbind": (1, MS_BIND | MS_REC), "remount": (1, MS_REMOUNT), "defaults": (1, 0),
 }
 PROPAGATION = {
@@ -11109,7 +11112,8 @@ NAMESPACED_SYSCTLS = {                  # name below /proc/sys, or its beginning
 }
 RECURSIVE_OPTIONS = {                   # option -> (attributes to set, to clear) of a mount and all below: mount_setattr(2)
     "rro": (1, 0), "rrw": (0, 1), "rnosuid": (2, 0), "rsuid": (0, 2), "rnodev": (4, 0), "rdev": (0, 4), "rnoexec": (8, 0),
-    "rexec": (0, 8), "rrelatime": (0, 0x70), "rnoatime": (0x10, 0x70), "rstrictatime": (0x20, 0x70),
+    "rexec": (0, 8), "rnoatime": (0x10, 0x70), "rstrictatime": (0x20, 0x70),
+    **dict.fromkeys(("rrelatime", "ratime", "rnorelatime", "rnostrictatime"), (0, 0x70)),       # the kernel's default is relatime
     "rnodiratime": (0x80, 0), "rdiratime": (0, 0x80), "rnosymfollow": (0x200000, 0), "rsymfollow": (0, 0x200000),
 }
 EXTENSIONS = ("idmap", "ridmap", "tmpcopyup")         # options of config.json's mounts that no kernel knows by name
@@ -11409,6 +11413,8 @@ def plan_mounts(config, bundle, spaces, user_namespace):
         if flags & MS_BIND or type == "bind":
             flags |= MS_BIND
             source = join_path(bundle, source)
+            if data:                    # the kernel would ignore it
+                raise ConfigError("%s: a bind mount takes no options of a file system: %s" % (where, data))
         mapping = plan_mapping(item, flags, where, spaces, user_namespace)
         attributes = tuple((word, *RECURSIVE_OPTIONS[word]) for word in words if word in RECURSIVE_OPTIONS)
         copy = "tmpcopyup" in words
@@ -13094,6 +13100,8 @@ def do_mount(setup, source, target, type, flags, propagation, data, mapping, cop
     extra = flags & ~(MS_BIND | MS_REC | MS_REMOUNT)
     if bind and extra:
         remount(top, MS_BIND | extra)
+    if flags & ~mount_flags(top) & MS_NOSYMFOLLOW:
+        raise OSError(errno.EINVAL, "mount at %s: option nosymfollow takes Linux 5.10" % target)
     for flag in propagation:
         mount(None, fd_path(top), None, flag)
     set_attributes(top, target, attributes)
@@ -13311,7 +13319,8 @@ def mount_flags(fd):
     """The present flags of a mount: statvfs(3)."""
     old = os.fstatvfs(fd).f_flag
     return sum(flag for bit, flag in (
-        (1, MS_RDONLY), (2, MS_NOSUID), (4, MS_NODEV), (8, MS_NOEXEC), (1024, MS_NOATIME), (2048, MS_NODIRATIME), (4096, MS_RELATIME))
+        (1, MS_RDONLY), (2, MS_NOSUID), (4, MS_NODEV), (8, MS_NOEXEC), (1024, MS_NOATIME), (2048, MS_NODIRATIME), (4096, MS_RELATIME),
+        (8192, MS_NOSYMFOLLOW))
         if old & bit)
 
 

@@ -432,6 +432,56 @@ def test_a_processor_of_another_name_is_linux32_or_nothing():
         plan_of(personality={"domain": "BSD"})
 
 
+SPECIFIED_OPTIONS = """async atime bind defaults dev diratime dirsync exec iversion lazytime loud mand noatime nodev nodiratime noexec
+    noiversion nolazytime nomand norelatime nostrictatime nosuid nosymfollow private ratime rbind rdev rdiratime relatime remount rexec
+    rnoatime rnodiratime rnoexec rnorelatime rnostrictatime rnosuid rnosymfollow ro rprivate rrelatime rro rrw rshared rslave rstrictatime
+    rsuid rsymfollow runbindable rw shared silent slave strictatime suid symfollow sync unbindable"""
+
+
+@pytest.mark.parametrize("word", SPECIFIED_OPTIONS.split())
+def test_no_mount_option_of_the_specification_is_left_to_the_file_system(word):
+    "N13: config.md, Linux mount options"
+    step, = chibishim.plan_mounts({"mounts": [{"destination": "/t", "type": "tmpfs", "options": [word]}]}, "/", {}, False)
+    assert step[6] == ""
+
+
+@pytest.mark.parametrize("word", ["size=1m", "nosuidd", "data=journal"])
+def test_an_option_that_a_bind_mount_would_lose_is_refused(word):
+    "N12, N13: mount(2) ignores the data of a bind mount"
+    with pytest.raises(chibishim.ConfigError, match=r"mounts\[0\]: a bind mount .*: %s$" % word):
+        chibishim.plan_mounts({"mounts": [{"destination": "/t", "source": "/", "options": ["rbind", "ro", "x-note", word]}]}, "/", {}, False)
+
+
+@needs_root
+@pytest.mark.parametrize("kernel", ["of today", "before 5.10"])
+@pytest.mark.parametrize("kind", ["bind", "tmpfs"])
+def test_a_mount_without_symbolic_links(tmp_path, monkeypatch, kind, kernel):
+    "N13: an older kernel takes the option and does nothing"
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "file").touch()
+    (tmp_path / "t" / "link").symlink_to("file")
+    item = {"destination": "/t", "type": kind, "source": str(tmp_path / "t"), "options": ["nosymfollow", "tmpcopyup"][:1 + (kind == "tmpfs")]}
+    steps = chibishim.plan_mounts({"mounts": [item]}, "/", {}, False)
+    setup = chibishim.Setup(None, None, None, -1, -1)
+    setup.pid = os.getpid()             # in its cgroup already
+    if tuple(map(int, os.uname().release.split(".")[:2])) < (5, 10):
+        kernel = "before 5.10"
+    if kernel == "before 5.10":
+        monkeypatch.setattr(chibishim, "mount_flags", lambda fd: 0)
+
+    def test():
+        setup.rootfs, setup.root = str(tmp_path), os.open(tmp_path, os.O_PATH)
+        if kernel == "before 5.10":
+            with pytest.raises(chibishim.ContainerError, match="mount: mount at /t: option nosymfollow"):
+                chibishim.perform(steps, setup)
+            return
+        chibishim.perform(steps, setup)
+        os.stat(tmp_path / "t" / "file")
+        with pytest.raises(OSError, match="symbolic links"):
+            os.stat(tmp_path / "t" / "link")
+    in_own_mounts(test)
+
+
 BIND = {"destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind"]}
 SHIFT = [{"containerID": 0, "hostID": 5000, "size": 10}]
 
