@@ -11348,7 +11348,8 @@ def plan(config, bundle, rootfs, user_namespace=False, pivot=True):
         if PROPAGATION[propagation] & (MS_SHARED | MS_UNBINDABLE):
             steps.append(("propagation", PROPAGATION[propagation]))
     elif "mount" in spaces:
-        steps += hook_steps + [("chroot", rootfs)]
+        check_joined_mounts(config)
+        steps += hook_steps + sysctls + [("chroot", rootfs)]
     else:
         raise ConfigError("config.json: linux.namespaces: a container without a mount namespace would share the host's mounts")
     for name, space in (("hostname", "uts"), ("domainname", "uts")):
@@ -11357,6 +11358,15 @@ def plan(config, bundle, rootfs, user_namespace=False, pivot=True):
                 raise ConfigError("config.json: %s needs an own uts namespace" % name)
             steps.append((name, config[name]))
     return plan_labels(process) + plan_mount_label(linux) + steps + [("cgroup",)] + plan_process(process, linux)
+
+
+def check_joined_mounts(config):
+    """A mount namespace that is joined stays as its owner made it; what asks for more is refused."""
+    linux = config["linux"]
+    for name, value in (("root.readonly", config["root"].get("readonly")), ("mounts", config.get("mounts")),
+                        *(("linux." + key, linux.get(key)) for key in "devices maskedPaths readonlyPaths rootfsPropagation".split())):
+        if value:
+            raise ConfigError("config.json: %s: the mount namespace that linux.namespaces joins is not changed; remove one of both" % name)
 
 
 def plan_namespaces(spaces):

@@ -432,6 +432,28 @@ def test_a_processor_of_another_name_is_linux32_or_nothing():
         plan_of(personality={"domain": "BSD"})
 
 
+JOINED = {"namespaces": [{"type": "ipc"}, {"type": "mount", "path": "/proc/1/ns/mnt"}], "sysctl": {"kernel.sem": "1 2 3 4"}}
+
+
+def test_a_joined_mount_namespace_is_entered_and_left_as_it_is():
+    "N1, N8"
+    config = {"process": {"args": ["x"]}, "root": {"path": "rootfs"}, "linux": JOINED}
+    steps = [step[:2] for step in chibishim.plan(config, "/bundle", "/bundle/rootfs")]
+    assert steps[:4] == [("join", "/proc/1/ns/mnt"), ("unshare", chibishim.CLONE_NEWIPC), ("sysctl", "kernel/sem"), ("chroot", "/bundle/rootfs")]
+
+
+@pytest.mark.parametrize("field, value", [
+    ("root.readonly", True), ("mounts", [{"destination": "/t", "type": "tmpfs"}]), ("linux.devices", [{"path": "/dev/x", "type": "p"}]),
+    ("linux.maskedPaths", ["/proc/kcore"]), ("linux.readonlyPaths", ["/proc/sys"]), ("linux.rootfsPropagation", "rslave")])
+def test_what_a_joined_mount_namespace_would_not_get_is_refused(field, value):
+    "N1, N3, N13: it was dropped silently"
+    config = {"process": {"args": ["x"]}, "root": {"path": "rootfs"}, "linux": dict(JOINED)}
+    part, _, name = field.rpartition(".")
+    (config[part] if part else config)[name] = value
+    with pytest.raises(chibishim.ConfigError, match="config.json: %s: " % field):
+        chibishim.plan(config, "/bundle", "/bundle/rootfs")
+
+
 SPECIFIED_OPTIONS = """async atime bind defaults dev diratime dirsync exec iversion lazytime loud mand noatime nodev nodiratime noexec
     noiversion nolazytime nomand norelatime nostrictatime nosuid nosymfollow private ratime rbind rdev rdiratime relatime remount rexec
     rnoatime rnodiratime rnoexec rnorelatime rnostrictatime rnosuid rnosymfollow ro rprivate rrelatime rro rrw rshared rslave rstrictatime
