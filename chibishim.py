@@ -9674,10 +9674,11 @@ def filetype(status):
 
 
 def standard_stream(fd):
-    """The Descriptor of an inherited stream, with rights as it was opened."""
+    """The Descriptor of an inherited stream, with rights as it was opened. A directory is none
+    that was granted: nothing below it can be named."""
     access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     lacking = READING_RIGHTS if access == os.O_WRONLY else WRITING_RIGHTS if access == os.O_RDONLY else 0
-    return Descriptor(fd, applicable_rights(fd) & ~lacking)
+    return Descriptor(fd, applicable_rights(fd) & (FILE_RIGHTS | CONNECTION_RIGHTS) & ~lacking)
 
 
 def applicable_rights(fd):

@@ -1112,6 +1112,17 @@ def test_proc_raise_as_the_init_of_a_pid_namespace(ours, tmp_path, number, statu
     assert done.returncode == status
 
 
+def test_a_directory_as_a_standard_stream_grants_nothing_below_it(guest, root):
+    "W8: the guest sees the preopens alone, whatever `< .` says"
+    g = guest()
+    g.wasi.descriptors[0] = chibishim.standard_stream(os.open(root, os.O_RDONLY))
+    assert g.open("file", directory=0)[0] == g.open("file", base=0, directory=0)[0] == "ENOTCAPABLE"
+    assert g.path_unlink_file(0, "file") == g.path_create_directory(0, "new") == g.fd_readdir(0, 64, 64, 0, 0) == "ENOTCAPABLE"
+    assert g.path_filestat_get(0, 0, "file", 0) == g.path_readlink(0, "inside", 64, 64, 0) == "ENOTCAPABLE"
+    assert g.fd_filestat_get(0, 0) == "SUCCESS" and os.path.exists(root / "file") and not os.path.exists(root / "new")
+    assert g.fd_close(0) == "SUCCESS"
+
+
 def test_a_file_never_takes_the_number_of_a_standard_stream(ours, root, tmp_path):
     done = run(ours("reuse_stderr"), options=["--dir=%s::/" % root], tmp_path=tmp_path)
     assert done.returncode == 134 and (root / "new").read_bytes() == b""
