@@ -9984,7 +9984,7 @@ class Wasi:
 
     def fd_filestat_set_times(self, number, atime, mtime, flags):
         descriptor = self.descriptor(number, RIGHTS["fd_filestat_set_times"])
-        os.utime(descriptor.fd, ns=new_times(os.fstat(descriptor.fd), atime, mtime, flags))
+        os.utime(descriptor.fd, **new_times(os.fstat(descriptor.fd), atime, mtime, flags))
 
     def fd_prestat_get(self, number, result):
         self.store("B3xI", result, 0, len(self.preopened(number).preopen))
@@ -10082,7 +10082,7 @@ class Wasi:
     def path_filestat_set_times(self, number, lookup, path, size, atime, mtime, flags):
         def operation(parent, name):
             status = os.stat(name, dir_fd=parent, follow_symlinks=False)
-            os.utime(name, ns=new_times(status, atime, mtime, flags), dir_fd=parent, follow_symlinks=False)
+            os.utime(name, **new_times(status, atime, mtime, flags), dir_fd=parent, follow_symlinks=False)
         self.at(number, "path_filestat_set_times", path, size, operation, self.follows(lookup, path, size))
 
     def path_readlink(self, number, path, size, buffer, room, result):
@@ -10280,12 +10280,15 @@ def host_flags(table, bits):
 
 
 def new_times(status, atime, mtime, flags):
-    """(atime, mtime) in ns by fstflags: bit 0 atime, 1 atime now, 2 mtime, 3 mtime now."""
+    """os.utime's times by fstflags: bit 0 atime, 1 atime now, 2 mtime, 3 mtime now. Both now is
+    what anybody may set who may write, by no time of ours: utimensat(2)."""
     if flags > 15 or flags & 3 == 3 or flags & 12 == 12:
         raise WasiError("EINVAL")
+    if flags == 10:
+        return {"times": None}
     now = time.time_ns()
-    return (atime if flags & 1 else now if flags & 2 else status.st_atime_ns,
-            mtime if flags & 4 else now if flags & 8 else status.st_mtime_ns)
+    return {"ns": (atime if flags & 1 else now if flags & 2 else status.st_atime_ns,
+                   mtime if flags & 4 else now if flags & 8 else status.st_mtime_ns)}
 
 
 def directory_entries(fd):

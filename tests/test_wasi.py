@@ -723,6 +723,23 @@ def test_times(guest, root):
         assert g.fd_filestat_set_times(number, 0, 0, flags) == g.path_filestat_set_times(3, 0, "file", 0, 0, flags) == "EINVAL"
 
 
+@as_root
+@pytest.mark.parametrize("mode, outcomes", [(0o666, ["SUCCESS", "EPERM", "EPERM"]), (0o444, ["EACCES", "EPERM", "EPERM"])])
+def test_who_may_write_may_touch(guest, root, mode, outcomes):
+    os.chmod(root / "file", mode)
+    for flags, expected in zip((10, 2, 5), outcomes):
+        os.utime(root / "file", ns=(1, 1))
+        g = guest(root)
+        try:
+            os.seteuid(65534)           # and with it go the capabilities
+            number = g.opened("file", base=READ | RIGHTS["fd_filestat_set_times"])
+            found = {g.path_filestat_set_times(3, 0, "file", 1, 1, flags), g.fd_filestat_set_times(number, 1, 1, flags)}
+        finally:
+            os.seteuid(0)
+        assert found == {expected}
+        assert (os.stat(root / "file").st_mtime_ns > 1) == (expected == "SUCCESS")
+
+
 def test_filestat(guest, root):
     g = guest(root)
     os.link(root / "file", root / "second")
