@@ -10468,10 +10468,11 @@ def exit_status(code):
 
 
 def default_signals():
-    """What Python changes for itself: the guest is interrupted, and dies of a closed pipe,
-    as a program of C does."""
+    """What Python changes for itself: the guest is interrupted, and dies of a closed pipe or
+    a file that RLIMIT_FSIZE forbids, as a program of C does, and as in a container."""
     import _signal
     _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
+    _signal.signal(_signal.SIGXFSZ, _signal.SIG_DFL)
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:    # not ignored, as under nohup(1)
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
