@@ -10374,23 +10374,24 @@ def run_command(data, arguments, environment, preopens, function="_start", prelo
     sys.setrecursionlimit(RECURSION_LIMIT)
     translator = instrument(report if trace else None, fuel and [fuel, fuel]) if trace or fuel else None
     wasi = Wasi(arguments, environment, preopens, listeners)
-    imports = {"wasi_snapshot_preview1": wasi.imports()}
+    imports = {"wasi_snapshot_preview1": wasi.imports(), "wasi_unstable": WasiUnstable(wasi).imports()}
     try:
         if tier:
             Module.tier = choose_tier(tier)
-        if timeout:
-            start_timer(timeout)
-        module = data if data.__class__ is Module else Module(data)
-        module.translator = translator
-        if any(item.module == "wasi_unstable" for item in module.imports):
-            imports["wasi_unstable"] = WasiUnstable(wasi).imports()
-        for name, preload in preloads:
-            imports[name] = preloaded(name, preload, imports, translator)
-        return run_export(wasi, module, imports, function, arguments[1:])
+        try:
+            if timeout:
+                start_timer(timeout)
+            module = data if data.__class__ is Module else Module(data)
+            module.translator = translator
+            for name, preload in preloads:
+                imports[name] = preloaded(name, preload, imports, translator)
+            return run_export(wasi, module, imports, function, arguments[1:])
+        finally:
+            if timeout:
+                stop_timer()            # it interrupts the guest, not what comes after
     except Exit as exit:
         return exit_status(exit.args[0])
     except (Trap, Thrown) as trap:
-        stop_timer(timeout)
         report("error: trap: %s" % trap)
         for depth, (name, offset) in enumerate(backtrace_of(trap)):
             report("  %2d: %#10x - %s" % (depth, offset, name))
@@ -10425,10 +10426,9 @@ def start_timer(seconds):
     _signal.setitimer(_signal.ITIMER_REAL, seconds, 1)
 
 
-def stop_timer(timeout):
-    if timeout:
-        import _signal
-        _signal.setitimer(_signal.ITIMER_REAL, 0)
+def stop_timer():
+    import _signal
+    _signal.setitimer(_signal.ITIMER_REAL, 0)
 
 
 def run_export(wasi, module, imports, function, words):

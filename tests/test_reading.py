@@ -312,6 +312,15 @@ def test_fuel_bounds_preloaded_modules_and_start_functions(wat, tmp_path):
         assert done.returncode == 134 and b"out of fuel after 1000" in done.stderr
 
 
+def test_a_preloaded_module_may_import_either_snapshot_of_wasi(wat, tmp_path):
+    (tmp_path / "p.wasm").write_bytes(wat("""(module (import "wasi_unstable" "sched_yield" (func $a (result i32)))
+      (import "wasi_snapshot_preview1" "sched_yield" (func $b (result i32)))
+      (func (export "f") (result i32) (i32.add (call $a) (call $b))))"""))
+    (tmp_path / "m.wasm").write_bytes(wat('(module (import "p" "f" (func (result i32))) (func (export "g") (result i32) (call 0)))'))
+    done = run("run", "--invoke=g", "--preload=p=%s" % (tmp_path / "p.wasm"), tmp_path / "m.wasm")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"0\n", b"")
+
+
 @pytest.mark.parametrize("name", ["spin", "sleep"])
 def test_a_timeout_ends_computing_and_waiting(wat, tmp_path, name):
     path = tmp_path / "m.wasm"
@@ -341,6 +350,16 @@ def test_a_timeout_ends_waiting_for_input(wat):
 def test_a_guest_that_ends_in_time_is_left_alone(chase):
     done = run("run", "--timeout=30", "--fuel=1000", "--invoke=add", chase, "1", "2")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"3\n", b"")
+
+
+@pytest.mark.parametrize("name, status", [("add", 0), ("exit", 7), ("trap", 134)])
+def test_a_timeout_is_over_when_the_guest_is(wat, name, status):
+    data = wat("""(module (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+      (func (export "add")) (func (export "exit") (call $exit (i32.const 7))) (func (export "trap") unreachable))""")
+    code = ("import sys, time; sys.path.insert(0, %r); import chibishim; "
+            "print(chibishim.run_command(%r, ['x'], [], [], %r, timeout=0.3), flush=True); time.sleep(0.6)" % (ROOT, data, name))
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, b"%d\n" % status) and b"Timeout" not in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--fuel=0", "--fuel=x", "--fuel=-1", "--timeout=0", "--timeout=nan", "--timeout=inf", "--trace=1"])
