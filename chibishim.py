@@ -9138,7 +9138,9 @@ class Disassembler(TypeReader):
         return " ".join(self.vector(self.catch_text))
 
     def catch_text(self):
-        kind = self.byte() & 3
+        kind = self.byte()
+        if kind > 3:
+            raise Malformed("malformed catch clause")
         return "(%s%s %d)" % (("catch ", "catch_ref ", "catch_all", "catch_all_ref")[kind],
                               self.unsigned() if kind < 2 else "", self.unsigned())
 
@@ -9152,6 +9154,8 @@ class Disassembler(TypeReader):
 
     def castflags_text(self):
         self.nulls = self.byte()
+        if self.nulls > 3:
+            raise Malformed("malformed br_on_cast flags")
         return ""
 
     def memarg_text(self):
@@ -9241,8 +9245,8 @@ def function_text(module, index):
 
 
 def comment(name):
-    """A name that does not end the comment in which it stands."""
-    return name.replace(";", ",")
+    """A name that does not end the comment in which it stands, nor begin another at its end."""
+    return name.replace(";", ",") + " " * name.endswith("(")
 
 
 def function_name(module, index):
@@ -10455,9 +10459,14 @@ def run_export(wasi, module, imports, function, words):
 
 
 def parse_value(type, word):
-    """A word of the command line as an argument of a function."""
+    """A word of the command line as an argument of a function. An integer may be signed or not."""
     try:
-        return to_value(type, int(word, 0) if type in (I32, I64) else float(word))
+        if type not in (I32, I64):
+            return to_value(type, float(word))
+        number, bits = int(word, 0), 32 if type == I32 else 64
+        if not -1 << bits - 1 <= number < 1 << bits:
+            raise ValueError
+        return to_value(type, number)
     except (TypeError, ValueError):
         raise Unlinkable("%r is no %s" % (word, type_name(type))) from None
 

@@ -178,6 +178,27 @@ def test_a_name_cannot_command_the_terminal_or_end_its_comment(wat, tmp_path):
     assert b"\x1b" not in run("inspect", path).stdout
 
 
+def test_a_name_cannot_begin_a_comment_within_its_own(wat):
+    data = wat('(module (func (export "f(") (call 0)))')
+    lines = list(disassemble(Module(data)))
+    assert lines[1].endswith("call 0 (;f( ;)")
+    assert Module(wat("(module (type (func)) %s)" % "\n".join(lines))).bodies
+
+
+def test_a_catch_clause_of_no_kind_is_malformed():
+    data = b"\0asm\1\0\0\0\1\4\1\x60\0\0\3\2\1\0\x0a\x0a\1\x08\0\x1f\x40\1%c\0\x0b\x0b"
+    assert list(disassemble(Module(data % 2)))[1].endswith("try_table (catch_all 0)")
+    with pytest.raises(chibishim.Malformed, match="malformed catch clause"):
+        list(disassemble(Module(data % 6)))
+
+
+def test_cast_flags_beyond_two_nulls_are_malformed():
+    data = b"\0asm\1\0\0\0\1\4\1\x60\0\0\3\2\1\0\x0a\x0a\1\x08\0\xfb\x18%c\0\x6e\x6e\x0b"
+    assert list(disassemble(Module(data % 2)))[1].endswith("br_on_cast 0 (ref any) (ref null any)")
+    with pytest.raises(chibishim.Malformed, match="malformed br_on_cast flags"):
+        list(disassemble(Module(data % 4)))
+
+
 def test_a_damaged_body_is_a_line_on_stderr(tmp_path):
     path = tmp_path / "m.wasm"
     path.write_bytes(b"\0asm\1\0\0\0\1\4\1\x60\0\0\3\2\1\0\x0a\5\1\3\0\xff\x0b")
@@ -428,6 +449,14 @@ def test_a_result_that_is_a_reference_is_named(wat, tmp_path):
 def test_an_export_is_called_with_as_many_arguments_as_it_takes(chase, words):
     done = run("run", "--invoke=add", chase, *words)
     assert done.returncode == 134 and b"takes 2 arguments" in done.stderr
+
+
+@pytest.mark.parametrize("words, result", [
+    (["-2147483648", "0xffffffff"], b"2147483647\n"), (["4294967296", "0"], None), (["0", "-2147483649"], None), (["1.5", "0"], None)])
+def test_an_integer_on_the_command_line_fits_or_is_refused(chase, words, result):
+    done = run("run", "--invoke=add", "--", chase, *words)
+    assert (done.returncode, done.stdout) == ((0, result) if result else (134, b""))
+    assert bool(result) != (b"is no i32" in done.stderr)
 
 
 def test_a_reference_cannot_be_given_on_the_command_line(wat, tmp_path):
