@@ -10802,11 +10802,12 @@ class Loop:
                 self.epoll.register(fd, mask)
             else:
                 self.epoll.modify(fd, mask)
-        except FileNotFoundError:
-            pass                        # closed meanwhile, which removed it
         except PermissionError:         # a regular file: always ready
             for resume in list(slots.values()):
                 resume(True)
+        except OSError as error:        # closed meanwhile, which removed it; the number may be another file's
+            if new or error.errno not in (errno.EBADF, errno.ENOENT):
+                raise
 
     def disarm(self, what, timer, resume):
         """Forgets a wait that is over."""

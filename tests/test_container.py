@@ -105,6 +105,40 @@ def test_a_task_that_fails_does_not_end_a_forgiving_loop(capfd):
     assert "nobody expects this" in text and "two waits" in text
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["closed", "another file's"])
+def test_a_descriptor_that_is_closed_while_a_task_waits_for_it_ends_no_loop(again):
+    "L12"
+    loop, happened = chibishim.Loop(forgiving=True), []
+    read, write = os.pipe()
+
+    def waits():
+        happened.append((yield chibishim.readable(read, 0.1)))
+
+    def closes():
+        yield None, 0.01
+        os.close(read)
+        if again:
+            os.dup2(write, read)
+    loop.spawn(waits())
+    loop.spawn(closes())
+    loop.run(lambda: happened)
+    assert happened == [False] and not loop.waiting
+    for fd in {write, read} if again else {write}:
+        os.close(fd)
+
+
+def test_a_regular_file_is_always_ready(tmp_path):
+    loop, happened = chibishim.Loop(), []
+    fd = os.open(tmp_path, os.O_RDONLY)
+
+    def waits():
+        happened.append((yield chibishim.readable(fd)))
+    loop.spawn(waits())
+    loop.run(lambda: happened)
+    os.close(fd)
+    assert happened == [True] and not loop.waiting
+
+
 def test_a_task_may_wait_for_longer_than_the_kernel_can():
     "L12: with a hook's timeout of 25 days the loop ended, and with it every container of the pod"
     loop, happened = chibishim.Loop(), []
