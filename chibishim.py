@@ -5418,6 +5418,15 @@ def environment(name, default=None):
     return default if value is None else value.decode(FILE_ENCODING, "surrogateescape")
 
 
+def machine_here():
+    """The processor in uname(2)'s words; of a 32-bit program i686 or armv7l, even if the kernel has 64 bits:
+    the numbers of its system calls are those of the former."""
+    name = os.uname().machine
+    if sys.maxsize >= 1 << 32:
+        return name
+    return "i686" if name.startswith(("x86", "i")) else "armv7l" if name.startswith(("arm", "aarch")) else name
+
+
 def file_bytes(text):
     """A name as the bytes that the kernel has for it."""
     return text.encode(FILE_ENCODING, "surrogateescape") if text.__class__ is str else text
@@ -8526,8 +8535,8 @@ def libc_map(fd, size, protection):
 
 def assembler_here():
     """The assembler of this processor; raises Unsupported."""
-    machine = os.uname().machine
-    if machine not in ASSEMBLERS or sys.maxsize < 1 << 32:
+    machine = machine_here()
+    if machine not in ASSEMBLERS:
         raise Unsupported("no assembler for %s" % machine)
     return ASSEMBLERS[machine]
 
@@ -9011,7 +9020,7 @@ def do_enter_loop(R, d, a, b):
 
 def choose_tier(mode):
     """What Module.tier is to be for a mode."""
-    has_assembler = os.uname().machine in NATIVE_MACHINES
+    has_assembler = machine_here() in NATIVE_MACHINES
     if mode == "interpreter" or mode == "native" and not has_assembler:
         return None
     return Tier(mode) if has_assembler and mode != "portable" else PortableTier(mode)
@@ -9025,8 +9034,8 @@ def native_status():
             Tier.ready()
         except Unsupported as error:
             return "no: %s%s" % (error, "; hot functions become Python" if tier.mode == "auto" else "")
-        return "yes, %s" % os.uname().machine
-    return "no: %s%s" % ("CHIBISHIM_TIER says so" if os.uname().machine in NATIVE_MACHINES else "no assembler for " + os.uname().machine,
+        return "yes, %s" % machine_here()
+    return "no: %s%s" % ("CHIBISHIM_TIER says so" if machine_here() in NATIVE_MACHINES else "no assembler for " + machine_here(),
                          "; hot functions become Python" if tier else "")
 
 
@@ -11601,7 +11610,7 @@ def plan_process(process, linux):
     takes CAP_SYS_ADMIN, which is still there before the capabilities go: seccomp(2)."""
     steps = plan_rlimits(process) + plan_scheduling(process)
     seccomp = linux.get("seccomp")
-    filters = [] if seccomp is None else [plan_seccomp(seccomp, os.uname().machine)]
+    filters = [] if seccomp is None else [plan_seccomp(seccomp, machine_here())]
     uid, gid, groups, umask = process_user(process.get("user") or {})
     sets = {name: capability_mask((process.get("capabilities") or {}).get(name) or ()) for name in CAPABILITY_SETS}
     steps.append(("session_keyring", uid, gid))
@@ -11827,9 +11836,8 @@ ARCHITECTURES = {                       # name -> (AUDIT_ARCH_* of linux/audit.h
 }
 FOREIGN_ARCHITECTURES = """LOONGARCH64 M68K MIPS MIPS64 MIPS64N32 MIPSEL MIPSEL64 MIPSEL64N32 PARISC PARISC64 PPC PPC64
     PPC64LE S390 S390X SH SHEB""".split()
-MACHINES = {                            # uname's word -> the architectures of its programs, its own first
-    "x86_64": ("X86_64", "X86", "X32"), "i386": ("X86",), "i486": ("X86",), "i586": ("X86",), "i686": ("X86",),
-    "aarch64": ("AARCH64", "ARM"), "armv6l": ("ARM",), "armv7l": ("ARM",), "armv8l": ("ARM",), "riscv64": ("RISCV64",),
+MACHINES = {                            # machine_here() -> the architectures of its programs, its own first
+    "x86_64": ("X86_64", "X86", "X32"), "i686": ("X86",), "aarch64": ("AARCH64", "ARM"), "armv7l": ("ARM",), "riscv64": ("RISCV64",),
 }
 NARROW = ("X86", "X32", "ARM")          # arguments have 32 bits
 X32_BIT = 0x40000000                    # in the number of a call, beside AUDIT_ARCH_X86_64
@@ -12858,8 +12866,8 @@ def bus_write(out, type, value):
 # context is {u32 access_type << 16 | device type, u32 major, u32 minor}; it returns
 # 1 to allow (bpf(2); kernel.org, cgroup-v2, Device controller).
 
-SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "armv6l": 386, "i686": 357, "s390x": 351,
-           "ppc64le": 361, "loongarch64": 280}
+SYS_BPF = {"x86_64": 321, "i686": 357, "aarch64": 280, "armv7l": 386, "riscv64": 280, "s390x": 351, "ppc64le": 361,
+           "loongarch64": 280}
 BPF_PROG_LOAD, BPF_PROG_ATTACH = 5, 8
 BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI = 15, 6, 2
 BPF_DEVCG = {"b": 1, "c": 2, "m": 1, "r": 2, "w": 4}                # device types; accesses
@@ -12901,9 +12909,9 @@ def device_rule(text):
 
 def attach_device_program(directory, rules):
     """Loads the program of the rules and attaches it to a version 2 group."""
-    call = SYS_BPF.get(os.uname().machine)
+    call = SYS_BPF.get(machine_here())
     if call is None:
-        raise ConfigError("config.json: linux.resources.devices: bpf(2) is unknown on %s" % os.uname().machine)
+        raise ConfigError("config.json: linux.resources.devices: bpf(2) is unknown on %s" % machine_here())
     program = device_program(list(rules) + [device_rule(text) for text in DEVICE_RULES])
     memory = mmap.mmap(-1, len(program) + 64)
     memory[:] = program + b"GPL\0".ljust(64, b"\0")
@@ -12936,11 +12944,11 @@ def attach_device_program(directory, rules):
 
 WASM_MAGIC = b"\0asm"
 WASM_COMPONENT = b"\0asm\x0d\0\1\0"
-SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "armv7l": 311, "armv6l": 311, "i686": 288, "s390x": 280,
-              "ppc64le": 271, "loongarch64": 219}
+SYS_KEYCTL = {"x86_64": 250, "i686": 288, "aarch64": 219, "armv7l": 311, "riscv64": 219, "s390x": 280, "ppc64le": 271,
+              "loongarch64": 219}
 KEYCTL_JOIN_SESSION_KEYRING = 1
-SCHEDULING_CALLS = {"x86_64": (314, 251), "aarch64": (274, 30), "riscv64": (274, 30), "armv7l": (380, 314), "armv6l": (380, 314),
-                    "i686": (351, 289)}             # sched_setattr, ioprio_set
+SCHEDULING_CALLS = {                    # sched_setattr, ioprio_set
+    "x86_64": (314, 251), "i686": (351, 289), "aarch64": (274, 30), "armv7l": (380, 314), "riscv64": (274, 30)}
 IOPRIO_WHO_PROCESS = 1
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_CLONE3, SYS_MOUNT_SETATTR = 428, 429, 435, 442      # the same everywhere
 CLONE_INTO_CGROUP = 1 << 33
@@ -13612,9 +13620,9 @@ def to_limit(value):
 
 def scheduling_call(name):
     """The number of a system call that the C library has no function for."""
-    calls = SCHEDULING_CALLS.get(os.uname().machine)
+    calls = SCHEDULING_CALLS.get(machine_here())
     if calls is None:
-        raise OSError(errno.ENOSYS, "%s is unknown on %s" % (name, os.uname().machine))
+        raise OSError(errno.ENOSYS, "%s is unknown on %s" % (name, machine_here()))
     return calls[name == "ioprio_set"]
 
 
@@ -13644,7 +13652,7 @@ def do_time_offsets(setup, text):
 def do_session_keyring(setup, uid, gid):
     """A session keyring of the process's own: the one it has is the shim's, and so any container's
     of the pod: session-keyring(7). It belongs to the real user who joins it."""
-    call = SYS_KEYCTL.get(os.uname().machine)
+    call = SYS_KEYCTL.get(machine_here())
     if call is None:
         return
     os.setresgid(gid, -1, -1)
@@ -16906,8 +16914,8 @@ def image_reference(given, name):
 
 def go_architecture():
     """This machine in the names of OCI image indexes."""
-    names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386"}
-    return names.get(os.uname().machine, os.uname().machine)
+    names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+    return names.get(machine_here(), machine_here())
 
 
 def write_image(output, name, module, reference, os_name, architecture):

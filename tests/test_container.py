@@ -358,6 +358,16 @@ def test_to_read_and_write_takes_the_right_to_each(group, tmp_path, rules, reads
     assert allowed_to(group, [lambda: opens(node, os.O_RDONLY), lambda: opens(node, os.O_WRONLY), lambda: opens(node, os.O_RDWR)]) == [reads, writes, both]
 
 
+@pytest.mark.parametrize("kernel, bits, machine", [
+    ("x86_64", 64, "x86_64"), ("x86_64", 32, "i686"), ("i586", 32, "i686"), ("aarch64", 64, "aarch64"), ("aarch64", 32, "armv7l"),
+    ("armv8l", 32, "armv7l"), ("armv6l", 32, "armv7l"), ("riscv64", 64, "riscv64"), ("mips", 32, "mips")])
+def test_the_system_calls_are_those_of_the_program_and_not_of_the_kernel(monkeypatch, kernel, bits, machine):
+    "A 32-bit Python on a 64-bit kernel took other calls for keyctl(2) and seccomp(2)"
+    monkeypatch.setattr(chibishim.os, "uname", lambda: os.uname_result(("Linux", "node", "6.1", "1", kernel)))
+    monkeypatch.setattr(chibishim.sys, "maxsize", (1 << bits - 1) - 1)
+    assert chibishim.machine_here() == machine
+
+
 @needs_root
 @pytest.mark.parametrize("kernel", ["of today", "before 5.2"])
 def test_bind_mounts_need_no_new_kernel(tmp_path, monkeypatch, kernel):
