@@ -11613,7 +11613,7 @@ def plan_process(process, linux):
     filters = [] if seccomp is None else [plan_seccomp(seccomp, machine_here())]
     uid, gid, groups, umask = process_user(process.get("user") or {})
     sets = {name: capability_mask((process.get("capabilities") or {}).get(name) or ()) for name in CAPABILITY_SETS}
-    steps.append(("session_keyring", uid, gid))
+    steps.append(("session_keyring",))
     if not process.get("noNewPrivileges"):
         steps += filters
     steps.append(("bounding", sets["bounding"]))
@@ -13649,14 +13649,13 @@ def do_time_offsets(setup, text):
     do_join(None, "/proc/self/ns/time_for_children", CLONE_NEWTIME)
 
 
-def do_session_keyring(setup, uid, gid):
+def do_session_keyring(setup):
     """A session keyring of the process's own: the one it has is the shim's, and so any container's
-    of the pod: session-keyring(7). It belongs to the real user who joins it."""
+    of the pod: session-keyring(7). It stays root's, for other users may have but 200 keys in all
+    (kernel.keys.maxkeys); whoever has it as his session's may use it nevertheless."""
     call = SYS_KEYCTL.get(machine_here())
     if call is None:
         return
-    os.setresgid(gid, -1, -1)
-    os.setresuid(uid, -1, -1)
     try:
         libc.syscall(call, KEYCTL_JOIN_SESSION_KEYRING, None)
     except OSError as error:

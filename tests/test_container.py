@@ -368,6 +368,29 @@ def test_the_system_calls_are_those_of_the_program_and_not_of_the_kernel(monkeyp
     assert chibishim.machine_here() == machine
 
 
+KEYCTL_CLEAR, KEY_SPEC_SESSION_KEYRING = 7, -3
+
+
+@needs_root
+@pytest.mark.skipif(not os.path.exists("/proc/keys"), reason="the kernel has no keys")
+def test_a_session_keyring_is_no_key_of_its_users_and_yet_his_to_use():
+    """A user has a quota of keys, and where the shim has a session keyring, as a service of systemd, each of his
+    processes took one away."""
+    uid = 61234
+    pid = os.fork()
+    if not pid:
+        try:
+            keyctl = chibishim.SYS_KEYCTL[chibishim.machine_here()]
+            for _ in range(2):
+                chibishim.do_session_keyring(None)
+            os.setresuid(uid, uid, uid)
+            chibishim.libc.syscall(keyctl, KEYCTL_CLEAR, KEY_SPEC_SESSION_KEYRING)
+            os._exit(any(line.split()[0] == "%d:" % uid for line in open("/proc/key-users")))
+        finally:
+            os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 @needs_root
 @pytest.mark.parametrize("kernel", ["of today", "before 5.2"])
 def test_bind_mounts_need_no_new_kernel(tmp_path, monkeypatch, kernel):
