@@ -8375,6 +8375,8 @@ class Layout:
     def __init__(self, type):
         offset, places = 0, []
         for value in type.params + (type.results if len(type.results) > 1 else ()):
+            if value == V128:
+                offset = offset + 15 & -16          # which aarch64 can say of a vector
             places.append(offset)
             offset += 16 if value == V128 else 8
         self.params, self.results, self.size = places[:len(type.params)], places[len(type.params):] or [0], offset + 15 & -16 or 16

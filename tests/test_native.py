@@ -401,6 +401,18 @@ def test_several_results_of_all_types(native):
     assert many(1, -2, 0.5, -0.25, bytes(range(16))) == (bytes(range(16)), -0.25, 0.5, -2, 1, many)
 
 
+@pytest.mark.parametrize("assembler", chibishim.ASSEMBLERS.values())
+def test_vectors_among_arguments_are_compiled_for_every_processor(native, monkeypatch, assembler):
+    instance = native("""(module
+      (func $many (param i32 v128) (result v128 i32 v128) (local.get 1) (local.get 0) (local.get 1))
+      (func (param f32 v128 i64 v128) (result v128 i32 v128) (call $many (i32.wrap_i64 (local.get 2)) (local.get 3)))
+      (func (param i32 v128) (result v128 i32 v128) (return_call $many (local.get 0) (local.get 1))))""")
+    monkeypatch.setattr(chibishim.Tier.machine, "assembler", assembler)         # it is not called
+    for function in instance.functions:
+        chibishim.translated(function)
+    assert all(map(is_compiled, instance.functions))
+
+
 def test_references_are_the_same_objects_after_native_code(native):
     instance = native("""(module (import "h" "pass" (func $pass (param externref) (result externref))) (table $t 2 externref)
       (func (export "f") (param externref externref i32) (result externref externref i32) (local $x externref)
