@@ -8677,8 +8677,10 @@ class Context:
         try:
             try:
                 status = machine.enter(self.address, address, base)
-                while status or machine.lost:
+                while status:
                     status = machine.enter(self.address, *self.land(self.failure(status), base))
+                if machine.lost:        # by a callback that native code came back from
+                    raise self.failure(PENDING)
             except machine.ctypes.ArgumentError:        # what becomes of a RecursionError
                 raise Exhaustion("call stack exhausted") from None
             return self.results(code, start)
@@ -8741,7 +8743,7 @@ class Context:
 
     def failure(self, status):
         """What native code stopped with, an exception."""
-        if status in (0, PENDING):
+        if status == PENDING:
             error, self.pending, self.machine.lost = self.pending or self.machine.lost, None, None
             return error
         return (Exhaustion if status == STACK_EXHAUSTED else Trap)(TRAP_TEXTS[status])

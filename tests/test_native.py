@@ -664,6 +664,15 @@ def test_a_timeout_ends_native_code(wat, tier, tmp_path, name, mode):
         process.communicate()
 
 
+def test_a_timeout_that_a_callback_was_not_ready_for_is_raised_when_native_code_returns(native):
+    def call():
+        chibishim.Tier.machine.lost = chibishim.Timeout("timeout")      # as hear_signals() has it from ctypes
+    f = native('(module (import "h" "f" (func $f)) (func (export "f") (result i32) (call $f) (i32.const 5)))', {"h": {"f": call}}).exports["f"]
+    with pytest.raises(chibishim.Timeout):
+        f()
+    assert is_compiled(f) and chibishim.Tier.machine.lost is None
+
+
 ADD = '(module (func (export "f") (param i32) (result i32) (i32.add (local.get 0) (i32.const %d))))'
 
 
