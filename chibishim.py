@@ -182,12 +182,16 @@ class Reader:
         except UnicodeDecodeError:
             raise Malformed("malformed UTF-8 encoding") from None
 
-    def vector(self, item, limit=MAX_U32, what=""):
-        """vec(B): a count and that many items, each read by `item()`."""
+    def count(self, limit, what):
+        """The count that a vector of `what` begins with."""
         count = self.unsigned()
         if count > limit:
             raise Invalid("%d %s: at most %d" % (count, what, limit))
-        return [item() for _ in range(count)]
+        return count
+
+    def vector(self, item, limit=MAX_U32, what=""):
+        """vec(B): a count and that many items, each read by `item()`."""
+        return [item() for _ in range(self.count(limit, what))]
 
 
 # === 3. Protobuf ==============================================================
@@ -648,15 +652,18 @@ MAX_FRAMES = 20000              # depth of the guest's call stack
 MAX_FRAME_SLOTS = 8000000       # a function's frame times the depth it may be called at
 
 # What a module may contain. Where the JavaScript API has a limit, it is the same, but for
-# tables, of which that allows a thousand times as many.
+# tables, of which that allows a thousand times as many, and the pages that a 64-bit memory
+# may declare, of which the core specification allows more. It has none for the segments of
+# elements and for custom sections; without one, a few bytes of each would cost a hundred.
 MAX_MODULE_BYTES = 1 << 30
 MAX_NESTING = 100000            # of blocks, loops and the like in each other
 MAX_TYPES = 1000000
 MAX_SUPERTYPES = 63             # depth of a chain
 MAX_FIELDS = 10000
 MAX_PARAMS = MAX_RESULTS = 1000
-MAX_FUNCTIONS = 1000000
+MAX_FUNCTIONS = MAX_IMPORTS = MAX_EXPORTS = MAX_GLOBALS = MAX_TAGS = 1000000
 MAX_TABLES = MAX_MEMORIES = 100
+MAX_SEGMENTS = MAX_CUSTOMS = 100000     # segments of data, and as many of elements
 MAX_LOCALS = 50000
 MAX_BODY_BYTES = 7654321
 MAX_TABLE_ELEMENTS = 10000000
@@ -2460,6 +2467,8 @@ class ModuleDecoder(TypeReader):
                     raise Malformed("section size mismatch")
             else:
                 name = self.name()
+                if len(self.module.customs) == MAX_CUSTOMS:
+                    raise Invalid("custom sections: at most %d" % MAX_CUSTOMS)
                 self.module.customs.append((name, self.position, stop))
                 self.position = stop
             self.end = whole
@@ -2568,7 +2577,7 @@ class ModuleDecoder(TypeReader):
     def import_section(self):
         """importsec ::= vec(name name importdesc)"""
         spaces = self.module.spaces()
-        for _ in range(self.unsigned()):
+        for _ in range(self.count(MAX_IMPORTS, "imports")):
             module, name, kind = self.name(), self.name(), self.byte()
             if kind > 4:
                 raise Malformed("malformed import kind")
@@ -2578,11 +2587,11 @@ class ModuleDecoder(TypeReader):
 
     def function_section(self):
         """funcsec ::= vec(typeidx)"""
-        self.module.functions += self.vector(self.unsigned)
+        self.module.functions += self.vector(self.unsigned, MAX_FUNCTIONS, "functions")
 
     def table_section(self):
         """tablesec ::= vec(tabletype | 0x40 0x00 tabletype expr)"""
-        for _ in range(self.unsigned()):
+        for _ in range(self.count(MAX_TABLES, "tables")):
             if self.position < self.end and self.data[self.position] == 0x40:
                 if self.take(2)[1]:
                     raise Malformed("zero byte expected")
@@ -2596,22 +2605,22 @@ class ModuleDecoder(TypeReader):
 
     def memory_section(self):
         """memsec ::= vec(memtype)"""
-        self.module.memories += self.vector(self.memory_type)
+        self.module.memories += self.vector(self.memory_type, MAX_MEMORIES, "memories")
 
     def global_section(self):
         """globalsec ::= vec(globaltype expr)"""
-        for _ in range(self.unsigned()):
+        for _ in range(self.count(MAX_GLOBALS, "globals")):
             type = self.global_type()
             self.module.global_inits.append(self.expression())
             self.module.globals.append(type)        # it is not in its own scope
 
     def tag_section(self):
         """tagsec ::= vec(tagtype)"""
-        self.module.tags += self.vector(self.tag_type)
+        self.module.tags += self.vector(self.tag_type, MAX_TAGS, "tags")
 
     def export_section(self):
         """exportsec ::= vec(name exportdesc)"""
-        for _ in range(self.unsigned()):
+        for _ in range(self.count(MAX_EXPORTS, "exports")):
             name, kind, index = self.name(), self.byte(), self.unsigned()
             if kind > 4:
                 raise Malformed("malformed export kind")
@@ -2626,7 +2635,7 @@ class ModuleDecoder(TypeReader):
     def element_section(self):
         """elemsec ::= vec(elem); bits of the flag: 0 not active, 1 explicit index or
         declarative, 2 expressions instead of function indices"""
-        for _ in range(self.unsigned()):
+        for _ in range(self.count(MAX_SEGMENTS, "element segments")):
             flag = self.unsigned()
             if flag > 7:
                 raise Malformed("malformed elements segment kind")
@@ -2641,7 +2650,7 @@ class ModuleDecoder(TypeReader):
                     type = self.reference_type()
                 elif self.byte() != 0:
                     raise Malformed("malformed element kind")
-            items = self.vector(self.expression if flag & 4 else self.unsigned)
+            items = self.vector(self.expression if flag & 4 else self.unsigned, MAX_TABLE_ELEMENTS, "elements")
             self.module.elements.append(Segment(mode, index, offset, type, items))
 
     def data_count_section(self):
@@ -2651,19 +2660,24 @@ class ModuleDecoder(TypeReader):
     def code_section(self):
         """codesec ::= vec(size func)"""
         bodies = self.module.bodies
-        for _ in range(self.unsigned()):
+        for _ in range(self.count(MAX_FUNCTIONS, "functions")):
             size = self.unsigned()
             start = self.position
             self.position = start + size
             if self.position > self.end:
                 raise Malformed("unexpected end")
-            if size > MAX_BODY_BYTES:
-                raise Invalid("function body of %d bytes: at most %d" % (size, MAX_BODY_BYTES))
-            bodies.append(Body(start, self.position))
+            bodies.append(self.body(start))
+
+    def body(self, start):
+        """The Body from `start` to here."""
+        size = self.position - start
+        if size > MAX_BODY_BYTES:
+            raise Invalid("body of %d bytes: at most %d" % (size, MAX_BODY_BYTES))
+        return Body(start, self.position)
 
     def data_section(self):
         """datasec ::= vec(data)"""
-        for _ in range(self.unsigned()):
+        for _ in range(self.count(MAX_SEGMENTS, "data segments")):
             flag = self.unsigned()
             if flag > 2:
                 raise Malformed("malformed data segment kind")
@@ -2684,7 +2698,7 @@ class ModuleDecoder(TypeReader):
         while True:
             opcode = self.byte()
             if opcode == 0x0B:
-                return first if count == 1 and first[0] in SIMPLE_CONSTANTS else Body(start, self.position)
+                return first if count == 1 and first[0] in SIMPLE_CONSTANTS else self.body(start)
             if opcode in PREFIX_BYTES:
                 opcode = prefixed(opcode, self.unsigned())
             immediates = CONSTANT_INSTRUCTIONS.get(opcode)

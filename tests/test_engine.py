@@ -408,6 +408,35 @@ def test_bounds_are_said(data, error, message):
     assert not validate(data)
 
 
+@pytest.mark.parametrize("id, limit, what", [
+    (2, 1000000, "imports"), (3, 1000000, "functions"), (4, 100, "tables"), (5, 100, "memories"), (6, 1000000, "globals"),
+    (7, 1000000, "exports"), (9, 100000, "element segments"), (10, 1000000, "functions"), (11, 100000, "data segments"),
+    (13, 1000000, "tags")])
+def test_a_section_is_refused_by_its_count_before_anything_is_made_of_it(id, limit, what):
+    "I3"
+    for count, error, message in ((limit + 1, Invalid, "%d %s: at most %d" % (limit + 1, what, limit)), (limit, Malformed, "unexpected end|length")):
+        with pytest.raises(error, match=message):
+            Module(b"\0asm\1\0\0\0" + bytes((id, len(leb128(count)))) + leb128(count))
+
+
+def test_custom_sections_have_a_bound():
+    "I3"
+    sections = b"\0\1\0" * chibishim.MAX_CUSTOMS
+    assert len(Module(b"\0asm\1\0\0\0" + sections).customs) == chibishim.MAX_CUSTOMS
+    with pytest.raises(Invalid, match="custom sections: at most 100000"):
+        Module(b"\0asm\1\0\0\0" + sections + b"\0\1\0")
+
+
+def test_a_constant_expression_is_no_longer_than_a_body_may_be(monkeypatch):
+    "I3"
+    data = b"\0asm\1\0\0\0" + section(6, b"\x7f\0\x41\0" + b"\x41\0\x6a" * 10 + b"\x0b")
+    monkeypatch.setattr(chibishim, "MAX_BODY_BYTES", 33)
+    Module(data)
+    monkeypatch.setattr(chibishim, "MAX_BODY_BYTES", 32)
+    with pytest.raises(Invalid, match="body of 33 bytes: at most 32"):
+        Module(data)
+
+
 def test_an_exception_reaches_its_handler_or_the_embedder():
     # $throw: i32 -> throws it; $catch: calls $throw, gives what was thrown plus one
     throw = b"\0\x20\0\x08\0\x0b"
