@@ -41,7 +41,7 @@ import posix as os                      # os without its Python half, which take
 import select
 import sys
 import time
-from math import sqrt
+from math import ceil, copysign, floor, sqrt
 
 VERSION = "0.1.0"
 
@@ -1548,11 +1548,6 @@ def int_to_f32(n):
     return to_f32(copysign(float(kept << shift), n))
 
 
-def copysign(x, y):
-    """fcopysign; works on the bits, so that a NaN keeps its payload."""
-    return f64_from_bits(f64_bits(x) & 0x7FFFFFFFFFFFFFFF | f64_bits(float(y)) & 1 << 63)
-
-
 def quiet(x):
     """A NaN made quiet; any other value as it is."""
     return x if x == x else f64_from_bits(f64_bits(x) | 0x0008000000000000)
@@ -1587,9 +1582,9 @@ def fdiv(x, y):
     """fdiv: Python raises where IEEE 754 has infinities and NaN."""
     if y:
         return x / y
-    if x == 0 or x != x:
-        return quiet(x) if x != x else NAN
-    return copysign(INFINITY, x) * copysign(1.0, y)
+    if x != x:
+        return quiet(x)
+    return copysign(INFINITY, x) * copysign(1.0, y) if x else NAN
 
 
 def fsqrt(x):
@@ -1626,8 +1621,8 @@ def rounding(function):
 
 
 ftrunc = rounding(int)
-ffloor = rounding(lambda x: x // 1)
-fceil = rounding(lambda x: -(-x // 1))
+ffloor = rounding(floor)
+fceil = rounding(ceil)
 fnearest = rounding(round)
 
 
@@ -1677,38 +1672,38 @@ def lanes(format):
     return access.unpack_from, pack_floats
 
 
-def bitmask(format, x):
-    """bitmask: bit i is the sign of lane i; `format` is signed."""
-    return sum((value < 0) << i for i, value in enumerate(struct.unpack("<" + format, x)))
-
-
 def unpack_lanes(format, x):
     """A vector's lanes as a tuple."""
     return struct.unpack("<" + format, x)
 
 
+def bitmask(format, x):
+    """bitmask: bit i is the sign of lane i; `format` is signed."""
+    return sum((value < 0) << i for i, value in enumerate(unpack_lanes(format, x)))
+
+
 def narrow(x, source, target, low, high):
     """narrow: the lanes of two vectors, each saturated to the range of half its bits."""
-    return struct.pack("<" + target, *[max(low, min(value, high)) for value in struct.unpack("<" + source, x)])
+    return struct.pack("<" + target, *[max(low, min(value, high)) for value in unpack_lanes(source, x)])
 
 
 def add_pairs(x, source, target):
     """extadd_pairwise: sums of neighbours."""
-    values = struct.unpack("<" + source, x)
+    values = unpack_lanes(source, x)
     return struct.pack("<" + target, *map(int.__add__, values[::2], values[1::2]))
 
 
 def dot(x, y, source, target, mask):
     """dot: sums of neighbouring products, modulo 2**N."""
-    products = list(map(int.__mul__, struct.unpack("<" + source, x), struct.unpack("<" + source, y)))
+    products = list(map(int.__mul__, unpack_lanes(source, x), unpack_lanes(source, y)))
     return struct.pack("<" + target, *[a + b & mask for a, b in zip(products[::2], products[1::2])])
 
 
 def dot_add(x, y, z):
     """relaxed_dot_i8x16_i7x16_add_s"""
-    sums = struct.unpack("<8h", dot(x, y, "16b", "8H", 0xFFFF))
+    sums = unpack_lanes("8h", dot(x, y, "16b", "8H", 0xFFFF))
     return struct.pack("<4I", *[a + b + c & MAX_U32 for a, b, c in
-                                zip(sums[::2], sums[1::2], struct.unpack("<4I", z))])
+                                zip(sums[::2], sums[1::2], unpack_lanes("4I", z))])
 
 
 # === 8. Handlers ==============================================================

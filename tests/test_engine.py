@@ -138,6 +138,21 @@ def test_signalling_nan_survives_memory(wat):
     assert run(wat, text) == 0x7FA00000
 
 
+@pytest.mark.parametrize("bits", [0x7FF0000000000001, 0xFFF8000000000123, 0x8000000000000000])
+def test_copysign_changes_the_sign_bit_and_no_other(bits):
+    "I6"
+    for sign in (1.0, -0.0, chibishim.f64_from_bits(0xFFF0000000000001)):
+        result = chibishim.f64_bits(chibishim.copysign(chibishim.f64_from_bits(bits), sign))
+        assert result == bits & ~(1 << 63) | chibishim.f64_bits(sign) & 1 << 63
+
+
+@pytest.mark.parametrize("x, floor, ceil", [(-0.5, -1.0, -0.0), (-0.0, -0.0, -0.0), (0.5, 0.0, 1.0), (2.0**52 + 1, 2.0**52 + 1, 2.0**52 + 1),
+                                            (2.0**52 - 0.5, 2.0**52 - 1, 2.0**52), (float("-inf"), float("-inf"), float("-inf"))])
+def test_rounding_keeps_the_sign_of_zero(x, floor, ceil):
+    "I6"
+    assert [repr(f(x)) for f in (chibishim.ffloor, chibishim.fceil)] == [repr(floor), repr(ceil)]
+
+
 def test_integer_to_f32_rounds_once():
     "I6"
     assert chibishim.int_to_f32(0x7FFFFF4000000001) == float(0x7FFFFF8000000000)
