@@ -757,12 +757,12 @@ def type_structure(type, places):
 
 
 def type_name(type):
-    """'i32', '(ref null func)', '(ref [i32] -> [])'"""
+    """'i32', '(ref null func)', '(ref func type)' where it is a DefinedType"""
     if type.__class__ is int:
         return TYPE_NAMES[type]
     heap, nullable = type
-    return "(ref %s%s)" % ("null " if nullable else "", HEAP_NAMES[heap] if heap.__class__ is int else
-                           heap.kind == FUNC and "func type" or HEAP_NAMES[heap.kind] + " type")
+    name = HEAP_NAMES[heap] if heap.__class__ is int else HEAP_NAMES[heap.kind] + " type"
+    return "(ref %s%s)" % ("null " if nullable else "", name)
 
 
 def type_list(types):
@@ -1956,10 +1956,10 @@ def reference_matches(reference, heap, nullable):
         return nullable
     if heap in (EXTERN, EXN, ANY, FUNC):
         return True                     # the top of its hierarchy
-    type = I31_HEAP if reference.__class__ is I31 else getattr(reference, "type", None)
-    if heap in (NOEXTERN, NOEXN) or not isinstance(type, (int, DefinedType)):
-        return False                    # an external object that was made an anyref
-    return heap_matches(type, heap)
+    if reference.__class__ is I31:
+        return heap_matches(I31_HEAP, heap)
+    type = getattr(reference, "type", None)         # an external object that was made an anyref may have any
+    return isinstance(type, DefinedType) and heap_matches(type, heap)
 
 
 def do_ref_i31(R, d, a, b):
@@ -2998,12 +2998,12 @@ def to_value(type, value):
         if not isinstance(value, bytes) or len(value) != 16:
             raise TypeError("%r is not 16 bytes" % (value,))
     elif (not reference_matches(value, *type)
-          or type[0] == FUNC and not isinstance(value, (Function, HostFunction, NoneType))):
+          or value is not None and not isinstance(value, REFERENCES.get(top_of(type[0]), object))):
         raise TypeError("%r is not a %s" % (value, type_name(type)))
     return value
 
 
-NoneType = None.__class__
+REFERENCES = {FUNC: (Function, HostFunction), EXN: Thrown}      # top of a hierarchy -> what refers; in others, any object
 
 
 def to_python(type, value):

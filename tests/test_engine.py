@@ -482,6 +482,33 @@ def test_a_structure_is_an_opaque_object_for_the_embedder():
         exports["read"](7)
 
 
+def defined(kind):
+    type = chibishim.DefinedType(kind)
+    chibishim.identify([type])
+    return type
+
+
+@pytest.mark.parametrize("attribute", [0, chibishim.STRUCT, "x"])
+@pytest.mark.parametrize("heap", [chibishim.STRUCT, chibishim.I31_HEAP, chibishim.NONE, chibishim.NOEXTERN, defined(chibishim.STRUCT)], ids=str)
+def test_an_external_object_is_no_guest_s_whatever_its_attribute_type_is(attribute, heap):
+    class External:
+        type = attribute
+    assert not chibishim.reference_matches(External(), heap, True)
+
+
+@pytest.mark.parametrize("type, value, fits", [
+    (chibishim.EXNREF, 5, False), (chibishim.EXNREF, chibishim.Thrown(None, ()), True), (chibishim.EXNREF, None, True),
+    (chibishim.FUNCREF, 5, False), (chibishim.EXTERNREF, 5, True), ((chibishim.ANY, True), 5, True), ((chibishim.ANY, False), None, False),
+    ((defined(chibishim.FUNC), True), chibishim.Tag(defined(chibishim.FUNC)), False),
+    ((defined(chibishim.FUNC), True), chibishim.HostFunction(defined(chibishim.FUNC), print), True)])
+def test_the_embedder_passes_functions_as_functions_and_exceptions_as_exceptions(type, value, fits):
+    if fits:
+        assert chibishim.to_value(type, value) is value
+    else:
+        with pytest.raises(TypeError, match="is not a \\(ref"):
+            chibishim.to_value(type, value)
+
+
 def test_a_table_too_large_is_exhaustion(wat):
     with pytest.raises(Exhaustion, match="table"):
         Instance(Module(wat("(module (table 0xfffffff0 funcref))")))
