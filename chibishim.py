@@ -156,8 +156,11 @@ class Reader:
 
     def signed(self, bits):
         """sN ::= signed LEB128 of at most ceil(N/7) bytes"""
-        data, position, result = self.data, self.position, 0
-        for shift in range(0, bits, 7):
+        byte = self.byte()
+        if byte < 0x80:
+            return byte - (byte << 1 & 0x80)
+        data, position, result = self.data, self.position, byte & 0x7F
+        for shift in range(7, bits, 7):
             if position >= self.end:
                 raise Malformed("unexpected end")
             byte = data[position]
@@ -3176,22 +3179,19 @@ MAX_LOOP_OPERANDS = 1000        # below a loop at whose head a frame may go over
 
 
 class Control:
-    """A control frame of the appendix. `target` is the block that a branch to the
-    label goes to, `next` the one after `end`, `other` the else branch of an if. `was_set`
-    is how many locals had been set before it, `handlers` the handlers around it."""
+    """A control frame of the appendix. `target` is the block that a branch to the label
+    goes to, `label_types` are those of what it carries; `next` is the block after `end`,
+    `other` the else branch of an if. `was_set` is how many locals had been set before it,
+    `handlers` the handlers around it."""
 
-    __slots__ = ("opcode", "params", "results", "height", "unreachable", "target", "next", "other", "was_set", "handlers")
+    __slots__ = ("opcode", "params", "results", "label_types", "height", "unreachable", "target", "next", "other", "was_set",
+                 "handlers")
 
     def __init__(self, opcode, params, results, height, was_set=0, handlers=None):
-        self.opcode, self.params, self.results, self.height = opcode, params, results, height
+        self.opcode, self.params, self.results, self.label_types, self.height = opcode, params, results, results, height
         self.unreachable, self.was_set, self.handlers = False, was_set, handlers
         self.target = self.next = new_block()
         self.other = None
-
-    @property
-    def label_types(self):
-        """The types that a branch to the label carries."""
-        return self.params if self.opcode == 0x03 else self.results
 
 
 def new_block():
@@ -3291,10 +3291,10 @@ class Translator:
                 types.append(locals[index])
                 slots.append(index)
                 continue
-            if opcode in PREFIX_BYTES:
-                opcode = prefixed(opcode, reader.unsigned())
             op = OPS.get(opcode)
-            if op.__class__ is not Op:
+            if op.__class__ is not Op:      # a prefix byte, or an instruction not met before
+                if opcode in PREFIX_BYTES:
+                    opcode = prefixed(opcode, reader.unsigned())
                 op = operation(opcode)
             shape = op.shape
             if shape == IRREGULAR:
@@ -3320,12 +3320,13 @@ class Translator:
                     access = self.instance.memory_handler(op, index)
                     params = [memories[index].address] + params[1:]
             if types[-count:] == params and len(types) - count >= controls[-1].height:
-                del types[-count:]
+                types[-count:] = op.results
                 b = slots.pop()
                 a = slots.pop() if count == 2 else b
             else:
                 b = self.pop(params[-1])
                 a = self.pop(params[0]) if count == 2 else b
+                types += op.results
             d = base + len(slots)
             if shape == STORE:
                 self.block[0].append((access, -offset, a, b, at))
@@ -3337,7 +3338,6 @@ class Translator:
                 if handler is None:
                     handler = op.handler = numeric_handler(op)
                 self.block[0].append((handler, d, a, b, at))
-            types.append(op.results[0])
             slots.append(d)
             if len(slots) > self.deepest:
                 self.deepest = len(slots)
@@ -3417,10 +3417,12 @@ class Translator:
         """Moves the operands of this construct into the slots of their own heights; the
         ones of those around it are there since it was entered."""
         slots, base = self.slots, self.base
+        height = self.controls[-1].height
+        if len(slots) == height:
+            return
         if len(slots) > self.deepest:
             self.deepest = len(slots)
         if self.aliases:
-            height = self.controls[-1].height
             self.count_aliases(len(slots) - height)
             for height in range(height, len(slots)):
                 if slots[height] != base + height:
@@ -3481,8 +3483,9 @@ class Translator:
 
     def forget_locals(self, control):
         """What a construct set need not have been set after it, or in its else branch."""
-        self.unset.update(self.was_set[control.was_set:])
-        del self.was_set[control.was_set:]
+        if self.was_set:
+            self.unset.update(self.was_set[control.was_set:])
+            del self.was_set[control.was_set:]
 
     def block_(self, op):
         params, results = self.block_type()
@@ -3534,7 +3537,7 @@ class Translator:
 
     def loop_(self, op):
         control = self.block_(op)
-        control.opcode = 0x03
+        control.opcode, control.label_types = 0x03, control.params
         control.target = head = new_block()
         self.finish(BR, head)
         self.block = head
@@ -3555,7 +3558,8 @@ class Translator:
     def close(self):
         """The checks at `else` and `end`; leaves the results settled and popped."""
         control = self.controls[-1]
-        self.pop_results(control)
+        if control.results:
+            self.pop_results(control)
         if len(self.types) != control.height:
             raise Invalid("type mismatch")
         self.forget_locals(control)
@@ -3613,6 +3617,8 @@ class Translator:
     def branch(self, control, slots):
         """The block to go to for a branch that carries the operands in `slots`: the
         label's own, or one that first moves them where the label expects them."""
+        if not slots:
+            return control.target
         wanted = range(self.base + control.height, self.base + control.height + len(slots))
         moves = [(do_move, d, a, type, self.at) for d, a, type in zip(wanted, slots, control.label_types) if d != a]
         needed = control.height + len(slots)
@@ -3808,7 +3814,7 @@ class Translator:
         if index in self.unset:
             self.unset.remove(index)
             self.was_set.append(index)
-        if self.aliases:
+        if slots and self.aliases:
             self.count_aliases(len(slots))
             if index in slots:
                 self.deepest = max(self.deepest, len(slots))
