@@ -4369,7 +4369,8 @@ def validate(data):
 def execute(function, arguments):
     """Calls a Function with values in the interpreter's form; returns a list of its
     results. Raises Trap, or Thrown for an exception that no handler takes."""
-    frames, unwound, handler, z = [], (), None, (None, 0, None, 0)
+    frames, unwound, handler, block = [], (), None, NOWHERE
+    z = block[4]
     try:
         block = function.entry or translated(function)
         R = arguments + function.template
@@ -4422,14 +4423,14 @@ def execute(function, arguments):
                         function, R = callee, values + callee.template
             except Thrown as thrown:
                 unwound = [(function, z[3])]
-                block = landing(z and z[2], thrown, R)
-                while block is None:
+                landed = landing(z[2], thrown, R)
+                while landed is None:
                     if not frames:
                         raise
                     function, z, R = frames.pop()
                     unwound.append((function, z[3]))
-                    block = landing(z[2], thrown, R)
-                unwound = ()
+                    landed = landing(z[2], thrown, R)
+                block, unwound = landed, ()
     except struct.error:
         if handler is None or handler not in function.instance.handlers.values():
             raise                       # not of a memory access: a host function's own
@@ -4446,6 +4447,9 @@ def execute(function, arguments):
     active += [(caller, z[3]) for caller, z, _ in reversed(frames)]
     trap.backtrace += tuple([(function, function.body.start + at) for function, at in active if at is not None])
     raise trap
+
+
+NOWHERE = [[], None, None, None, (None, 0, None, 0)]      # what a function executes that is not translated yet
 
 
 def interrupted(block, handler, z):

@@ -467,6 +467,40 @@ def test_an_exception_reaches_its_handler_or_the_embedder():
     assert caught.value.backtrace[0][0] is exports["throw"]
 
 
+@pytest.mark.parametrize("index, place", [(0, 0), (1, 1)])
+def test_a_timeout_while_a_function_is_translated_is_a_trap_at_its_call(monkeypatch, index, place):
+    # function 0 calls function 1
+    functions = Instance(Module(b"\0asm\1\0\0\0" + section(1, b"\x60\0\0") + section(3, b"\0", b"\0")
+                                + section(10, b"\4\0\x10\1\x0b", b"\2\0\x0b"))).functions
+    run = chibishim.Translator.run
+
+    def expire(translator):
+        if translator.function is functions[index]:
+            raise chibishim.Timeout("timeout after 1 s")
+        run(translator)
+    monkeypatch.setattr(chibishim.Translator, "run", expire)
+    with pytest.raises(chibishim.Timeout) as caught:
+        functions[0]()
+    assert caught.value.backtrace == ((functions[0], functions[0].body.start + place),)
+
+
+def test_a_timeout_while_an_exception_is_on_its_way_is_a_trap(monkeypatch):
+    # each function calls the next, the last one throws
+    bodies = b"\4\0\x10\1\x0b", b"\4\0\x10\2\x0b", b"\4\0\x08\0\x0b"
+    functions = Instance(Module(b"\0asm\1\0\0\0" + section(1, b"\x60\0\0") + section(3, *[b"\0"] * 3) + section(13, b"\0\0")
+                                + section(10, *bodies))).functions
+    searched = []
+
+    def landing(handlers, thrown, R):
+        searched.append(handlers)
+        if len(searched) == 2:
+            raise chibishim.Timeout("timeout after 1 s")
+    monkeypatch.setattr(chibishim, "landing", landing)
+    with pytest.raises(chibishim.Timeout) as caught:
+        functions[0]()
+    assert [function.index for function, _ in caught.value.backtrace] == [2, 1, 0]
+
+
 def test_a_structure_is_an_opaque_object_for_the_embedder():
     # (type (struct (field (mut i8)))); makes one of 0x1FF, and reads its field back, signed
     make = b"\0\x41\xff\3\xfb\0\0\x0b"
