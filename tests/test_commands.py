@@ -3,6 +3,7 @@
 import errno
 import glob
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,10 +245,13 @@ def test_a_container_that_finds_no_place_says_where(scratch):
 
 @needs_root
 def test_a_container_of_an_ordinary_user_who_is_root_of_a_user_namespace(scratch):
-    """As in a rootless container: the cgroups are there, and are others'."""
+    """As in a rootless container: the cgroups are there, and are others'. Where he can read: ROOT may be in root's home."""
     os.chmod(scratch, 0o777)
-    words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "unshare", "-r", *SHIM, "container", HELLO]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        os.chmod(place, 0o755)
+        words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "unshare", "-r",
+                 shutil.copy(*SHIM, place), "container", shutil.copy(HELLO, place)]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"Hello, World!\n", b"")
 
 
