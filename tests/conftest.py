@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -22,6 +23,14 @@ def wat():
         return subprocess.run(["wat2wasm", *options, "-", "-o", "/dev/stdout"], input=text.encode(),
                               stdout=subprocess.PIPE, check=True).stdout
     return compile
+
+
+def until(condition, seconds=30):
+    """Waits for a condition, or fails."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not true after %d s" % seconds
+        time.sleep(0.02)
 
 
 def needs_mapped_ids(path):

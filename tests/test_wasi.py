@@ -908,8 +908,8 @@ def test_accept_receive_send_and_shut_down(connection):
     g, number, peer = connection
     peer.sendall(b"Hello")
     assert receive(g, number, 2, flags=1) == ("SUCCESS", b"He") and receive(g, number) == ("SUCCESS", b"Hello")
-    threading.Timer(0.1, peer.sendall, (b"cd",)).start()
     peer.sendall(b"ab")
+    threading.Timer(0.1, peer.sendall, (b"cd",)).start()
     assert receive(g, number, 4, flags=2) == ("SUCCESS", b"abcd")
     assert g.sock_send(number, *g.iovecs(b"good", b"bye"), 0, 0) == "SUCCESS" and g.take("I")[0] == 7
     assert g.write(number, b"!") == "SUCCESS"
