@@ -202,15 +202,15 @@ def attempt(data):
     return None
 
 
-def fuzz(seconds, seed):
-    """Runs for so long; returns (modules tried, [(seed, module, what happened)])."""
+def fuzz(seconds, seed, modules=1 << 60):
+    """Runs for so long or for so many modules; returns (modules tried, [(seed, module, what happened)])."""
     sources, findings, tried = seeds(), [], 0
     previous = signal.signal(signal.SIGALRM, out_of_time), sys.unraisablehook, chibishim.Module.tier
     sys.unraisablehook = ignore_lost
     chibishim.Module.tier = None        # no alarm ends machine code; fuzz_native.py is for that
     try:
         end = time.monotonic() + seconds
-        while sources and time.monotonic() < end:
+        while sources and tried < modules and time.monotonic() < end:
             choose = random.Random(seed + tried)
             data = mutated(choose.choice(sources), sources, choose)
             finding = attempt(data)

@@ -924,6 +924,6 @@ def test_changing_a_large_table_costs_no_more_than_a_small_one(native):
 
 def test_generated_modules_do_the_same_in_the_interpreter_and_as_machine_code(tier):
     "I2"
-    tried, findings, (compiled, functions) = fuzz_native.fuzz(60, 0, "native", modules=60)
+    tried, findings, (compiled, functions) = fuzz_native.fuzz(600, 0, "native", modules=60)
     assert findings == []
     assert tried == 60 and compiled > functions // 2

@@ -367,6 +367,6 @@ def test_the_archive_loads_it_when_it_is_needed(tmp_path):
 
 def test_generated_modules_do_the_same_in_the_interpreter_and_as_python():
     "I2"
-    tried, findings, (compiled, functions) = fuzz_native.fuzz(60, 0, "portable", modules=60)
+    tried, findings, (compiled, functions) = fuzz_native.fuzz(600, 0, "portable", modules=60)
     assert findings == []
     assert tried == 60 and compiled > functions // 2
