@@ -20,6 +20,7 @@ import time
 import containerd as peers
 import run_programs
 import test_shim
+from archives import image_of
 from conftest import ROOT, SHARED
 from containerd import MODULES, RUNTIME, SHIM, Containerd
 
@@ -93,7 +94,7 @@ class Images:
             with open(source[:-2], "rb") as file:
                 files["hello"], entry = file.read(), ["/hello"]
         archive = os.path.join(directory, "native.tar")
-        peers.image_of(files, entry, "bench/native:latest", archive)
+        image_of(files, entry, "bench/native:latest", archive)
         self.daemon.import_image(archive)
 
     def run(self, image, runtime):

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import time
 
-from archives import artifact_of, image_of             # noqa: F401
 from conftest import ROOT
 
 SHIM = os.path.join(ROOT, "dist", "containerd-shim-chibiwasm-v1")

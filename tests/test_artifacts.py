@@ -14,6 +14,7 @@ import pytest
 
 import chibishim
 import containerd as peers
+from archives import artifact_of
 from chibishim import HeaderReader, decode, encode, http2_frame, unhuffman
 from containerd import MODULES, PREFIX, RUNTIME
 from soak import descriptors
@@ -471,7 +472,7 @@ def test_an_artifact_in_a_real_containerd_runs(monkeypatch, index):
         daemon, id = peers.Containerd(directory), PREFIX + "artifact"
         daemon.start()
         try:
-            peers.artifact_of([module], "local.test/raw:1", directory + "/raw.tar", index=index)
+            artifact_of([module], "local.test/raw:1", directory + "/raw.tar", index=index)
             daemon.ctr("image", "import", "--no-unpack", "--all-platforms", directory + "/raw.tar", check=True)
             os.mkdir(directory + "/empty")
             config = chibishim.default_config("hello.wasm", [], [], [], False)

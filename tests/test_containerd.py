@@ -12,6 +12,7 @@ import time
 import pytest
 
 import containerd as peers
+from archives import image_of
 from conftest import until
 from containerd import MODULES, PREFIX, RUNTIME, SHIM, Containerd
 
@@ -325,7 +326,7 @@ def native(daemon):
     with open("/bin/busybox", "rb") as file:
         program = file.read()
     archive = os.path.join(daemon.directory, "busybox.tar")
-    peers.image_of({"bin/sh": program, "bin/busybox": program, "notes.txt": b"no program"}, [], NATIVE, archive)
+    image_of({"bin/sh": program, "bin/busybox": program, "notes.txt": b"no program"}, [], NATIVE, archive)
     daemon.import_image(archive)
     return lambda id, text, **more: daemon.run(NATIVE, id, "/bin/busybox", "sh", "-c", text, **more)
 

@@ -609,7 +609,6 @@ def test_mutated_modules_raise_only_what_is_documented():
 
 # -- beyond the suite: every numeric instruction on random operands, against wabt --
 
-OPERANDS = {"i": "i32.const", "I": "i64.const"}
 SUFFIX = {"i": "i32", "I": "i64", "f": "f32", "F": "f64"}
 NUMERIC = [row for row in chibishim.INSTRUCTIONS if row[3] and not row[2] and "v" not in row[3]]
 

@@ -10,7 +10,6 @@ with open(os.path.join(ROOT, "chibishim.py"), encoding="utf-8") as file:
     SOURCE = file.read()
 BANNER = re.compile(r"^# === (\d+)\. (.+?) =+$", re.M)
 CHAPTERS = [(int(match[1]), match[2], match.start()) for match in BANNER.finditer(SOURCE)]
-PURE = {"mmap", "_struct", "_weakref", "math", "sys", "errno"}
 
 
 def test_the_map_is_the_table_of_the_chapters():
