@@ -401,7 +401,7 @@ def encode(name, message):
                 out += varint(number << 3 | FIXED64), struct.pack("<d", item)
                 continue
             if item_type == "string":
-                item = item.encode("utf-8", "surrogateescape")
+                item = item.encode("utf-8", "backslashreplace")     # a receiver refuses what is not UTF-8
             elif item_type != "bytes":
                 item = encode(item_type, item)
             out += varint(number << 3 | LENGTH), varint(len(item)), item

@@ -61,6 +61,15 @@ def test_malformed_input_is_refused(data, what):
         decode("StateRequest", data)
 
 
+@pytest.mark.parametrize("text, expected", [("a\udcff", "a\\udcff"), ("\ud800b", "\\ud800b"), ("ü", "ü")])
+def test_a_string_is_utf_8_on_the_wire_whatever_it_held(text, expected):
+    "T5: a name of a file that is no UTF-8, in the message of an error"
+    (_, _, _, body), = FrameReader().feed(chibishim.error_frame(1, chibishim.INTERNAL, text))
+    with pytest.raises(RpcError) as caught:
+        chibishim.response_payload(body)
+    assert caught.value.args == (chibishim.INTERNAL, expected)
+
+
 def test_a_field_that_is_not_there_is_an_error():
     with pytest.raises(KeyError, match="StateRequest has no field name"):
         encode("StateRequest", {"name": "x"})
