@@ -2044,16 +2044,13 @@ ZERO = {I32: 0, I64: 0, F32: 0.0, F64: 0.0, V128: bytes(16), I8: 0, I16: 0}
 
 
 def do_array_new(R, d, a, b):
-    R[d] = new_array(a, [packed(R[b[0]], a.fields[0][0])], R[b[1]])
+    check_array_size(R[b[1]])
+    R[d] = Aggregate(a, [packed(R[b[0]], a.fields[0][0])] * R[b[1]])
 
 
 def do_array_new_default(R, d, a, b):
-    R[d] = new_array(a, [zero(a.fields[0][0])], R[b])
-
-
-def new_array(type, fields, count=1):
-    check_array_size(len(fields) * count)
-    return Aggregate(type, fields * count)
+    check_array_size(R[b])
+    R[d] = Aggregate(a, [zero(a.fields[0][0])] * R[b])
 
 
 def check_array_size(count):
@@ -2064,12 +2061,12 @@ def check_array_size(count):
 
 def do_array_new_fixed(R, d, a, b):
     storage = a.fields[0][0]
-    R[d] = new_array(a, [packed(R[slot], storage) for slot in b])
+    R[d] = Aggregate(a, [packed(R[slot], storage) for slot in b])
 
 
 def do_array_new_data(R, d, a, b):
     type, segments, index = a
-    R[d] = new_array(type, elements_of_data(type, segments[index], R[b[0]], R[b[1]]))
+    R[d] = Aggregate(type, elements_of_data(type, segments[index], R[b[0]], R[b[1]]))
 
 
 def do_array_new_elem(R, d, a, b):
@@ -2078,7 +2075,7 @@ def do_array_new_elem(R, d, a, b):
     if start + count > len(segments[index]):
         raise out_of_bounds("table")
     check_array_size(count)
-    R[d] = new_array(type, list(segments[index][start:start + count]))
+    R[d] = Aggregate(type, list(segments[index][start:start + count]))
 
 
 STORAGE_FORMATS = {I8: "B", I16: "H", I32: "I", I64: "Q", F32: "I", F64: "d", V128: "16s"}
@@ -2088,7 +2085,6 @@ def elements_of_data(type, data, start, count):
     """The `count` elements of an array that a data segment holds from `start` on."""
     storage = type.fields[0][0]
     access = struct.Struct("<" + STORAGE_FORMATS[storage])
-    data = data or b""
     if start + count * access.size > len(data):
         raise out_of_bounds("memory")
     check_array_size(count)
@@ -2218,7 +2214,7 @@ def copy_elements(table, to, source, start, count):
 
 
 def do_drop_segment(R, d, a, b):
-    a[b] = ()
+    a[b] = b""                          # neither bytes nor elements
 
 
 def do_memory_size(R, d, a, b):
@@ -2249,7 +2245,7 @@ def do_memory_copy(R, d, a, b):
 def do_memory_init(R, d, a, b):
     memory, segments, index = a
     to, start, count = (R[slot] for slot in b)
-    copy_bytes(memory.view, to, segments[index] or b"", start, count)
+    copy_bytes(memory.view, to, segments[index], start, count)
 
 
 def copy_bytes(view, to, source, start, count):
@@ -3068,7 +3064,7 @@ class Instance:
             if segment.mode == "active":
                 memory = self.memories[segment.index]
                 copy_bytes(memory.view, self.constant(segment.offset, memory.address), segment.items, 0, len(segment.items))
-                self.datas[index] = ()
+                self.datas[index] = b""
         if self.module.start is not None:
             execute_any(self.functions[self.module.start], [])
 
