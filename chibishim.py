@@ -2844,8 +2844,8 @@ SMALLEST_RESERVATION = 1 << 24
 
 
 class Memory:
-    """A linear memory. `pages` is its size, `view` a memoryview of just that many
-    bytes; whoever keeps a view over a guest call must fetch it anew."""
+    """A linear memory. `pages` is its size, `capacity` the size that it can grow to, `view` a memoryview
+    of just the size; whoever keeps a view over a guest call must fetch it anew."""
 
     __slots__ = ("pages", "maximum", "capacity", "mapping", "view", "address", "shared", "observers")
 
@@ -2854,8 +2854,9 @@ class Memory:
         self.pages, self.maximum, self.address, self.shared = minimum, maximum, address, shared
         if minimum > MAX_PAGES:
             raise Exhaustion("memory of %d pages: at most %d" % (minimum, MAX_PAGES))
-        self.mapping = self.reserve(minimum, MAX_PAGES if maximum is None else min(maximum, MAX_PAGES))
-        self.capacity = len(self.mapping) // PAGE_BYTES
+        limit = MAX_PAGES if maximum is None else min(maximum, MAX_PAGES)
+        self.mapping = self.reserve(minimum, limit)
+        self.capacity = min(limit, len(self.mapping) // PAGE_BYTES)
         self.view = memoryview(self.mapping)[:minimum * PAGE_BYTES]
 
     @staticmethod
@@ -2870,7 +2871,7 @@ class Memory:
                     return mapping
                 mapping.close()         # the rest of the process needs some, too
                 wanted = size = size // 2
-            except (OSError, OverflowError, ValueError):
+            except (OSError, OverflowError):
                 if size <= max(minimum * PAGE_BYTES, SMALLEST_RESERVATION):
                     raise Exhaustion("cannot reserve %d pages of memory" % minimum) from None
                 size = max(size // 2, minimum * PAGE_BYTES, PAGE_BYTES)
@@ -2878,8 +2879,7 @@ class Memory:
     def grow(self, pages):
         """memory.grow: the old size in pages, or -1."""
         old = self.pages
-        limit = self.capacity if self.maximum is None else min(self.capacity, self.maximum)
-        if old + pages > limit:
+        if old + pages > self.capacity:
             return -1
         self.pages = old + pages
         self.view = memoryview(self.mapping)[:self.pages * PAGE_BYTES]

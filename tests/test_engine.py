@@ -114,6 +114,14 @@ def test_memory_grow_beyond_the_maximum_is_minus_one(wat):
     assert run(wat, '(module (memory 1 2) (func (export "f") (result i32) (memory.grow (i32.const 2))))') == -1
 
 
+@pytest.mark.parametrize("minimum, maximum, capacity", [(0, 0, 0), (1, 3, 3), (2, 2, 2)])
+def test_a_memory_grows_to_its_capacity_and_no_further(minimum, maximum, capacity):
+    "I7"
+    memory = chibishim.Memory(minimum, maximum)
+    assert memory.capacity == capacity and memory.grow(capacity - minimum) == minimum
+    assert memory.grow(1) == -1 and memory.pages == capacity
+
+
 def test_imports_are_matched(wat):
     text = '(module (import "m" "g" (global i32)))'
     with pytest.raises(Unlinkable, match="unknown import m.g"):
