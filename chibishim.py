@@ -1743,9 +1743,7 @@ class Op:
 
 IRREGULAR, UNARY, BINARY, LOAD, STORE = range(5)
 MEMORY_SHAPES = {"load": LOAD, "widen": LOAD, "store": STORE}
-OPS = {}                            # opcode -> the row, or the Op once it was used
-for _row in INSTRUCTIONS:
-    OPS[_row[0]] = _row
+OPS = {row[0]: row for row in INSTRUCTIONS}         # opcode -> the row, or the Op once it was used
 
 
 def operation(opcode):
@@ -1804,13 +1802,17 @@ def lanewise_source(op, format, expression, places):
     source, _, target = format.partition(">")
     source, _, offset = source.partition("@")
     target = target or source
-    code, count = [], int(source[:-1])
+    count, code, operands = int(source[:-1]), [], {}
     for name, place, type in zip("xyz", places, op.params):
-        names = [name + str(lane) for lane in range(count)] if type == V128 else [name]
-        code.append("%s = %s" % (", ".join(names), "unpack_%s(%s, %d)" % (source, place, int(offset or 0)) if type == V128 else place))
-    scalar = {name: name for name, type in zip("xyz", op.params) if type != V128}
-    values = [expression.format(**{name: scalar.get(name, name + str(lane)) for name in "xyz"}) for lane in range(count)]
-    return code, "pack_%s(%s)" % (target, ", ".join(values)), {"unpack_" + source: lanes(source)[0], "pack_" + target: lanes(target)[1]}
+        if type == V128:
+            operands[name] = [name + str(lane) for lane in range(count)]
+            code.append("%s = unpack_%s(%s, %d)" % (", ".join(operands[name]), source, place, int(offset or 0)))
+        else:
+            operands[name] = [name] * count
+            code.append("%s = %s" % (name, place))
+    values = [expression.format(**dict(zip(operands, lane))) for lane in zip(*operands.values())]
+    names = {"unpack_" + source: lanes(source)[0], "pack_" + target: lanes(target)[1]}
+    return code, "pack_%s(%s)" % (target, ", ".join(values)), names
 
 
 # What the verbs of memory accesses and lane accesses do. {at} is the address and {rest}
