@@ -202,8 +202,9 @@ class Reader:
 # containerd speaks protocol buffers. A message here is a dict from field names to
 # values, its shape one row of MESSAGES; `encode` and `decode` know nothing else.
 # The proto3 rules that matter: a field with its default value is absent on the wire,
-# fields may come in any order, the last one wins, unknown ones are skipped.
-# (protobuf.dev/programming-guides/encoding)
+# fields may come in any order, the last one wins, unknown ones are skipped. (Of a message
+# that comes twice the last one wins, too: others merge them, but nobody sends it twice.
+# protobuf.dev/programming-guides/encoding)
 #
 # A field is (number, name, type). Types: the scalars below, the name of another
 # message, or either in a list for a repeated field, which for numbers is packed;
@@ -607,7 +608,7 @@ class ServerProtocol:
             if payload is None:
                 refusals += length_error_frame(stream, size)
             elif type != REQUEST:
-                pass                    # as the Go server: neither an answer nor an error
+                pass                    # as Go's server up to ttrpc 1.1; from 1.2 on it refuses data of no stream
             elif not stream & 1:
                 refusals += error_frame(stream, INVALID_ARGUMENT, "StreamID must be odd for client initiated streams")
             elif stream <= self.last_stream:
@@ -883,7 +884,7 @@ class GlobalType:
 # and packs. "8b@8>8h" takes the eight lanes from byte 8 on and packs the results in
 # another format. Scalar operands stand for themselves.
 #
-# What accesses memory or one lane starts with a verb and a format: "load b & 0xFF".
+# What accesses memory or one lane starts with a verb and a format: "store B & 0xFF".
 # Chapter 8 has a table of the verbs, ACCESSES.
 #
 # A signed comparison of i32 or i64 needs no conversion: flipping the sign bit maps
@@ -1477,9 +1478,9 @@ PREFIX_BYTES = (0xFB, 0xFC, 0xFD, 0xFE)
 #
 # The functions that the table's expressions name (section 4.3). Integers come
 # and go unsigned. A float operation computes in double precision; for f32 its
-# result is rounded once more, which is exact for + - * / and sqrt because a
-# double has more than twice the bits of an f32. A NaN keeps its payload: an f32
-# NaN is held as the double with the payload in the same leading bits.
+# result is rounded once more, which is as good as rounding once for + - * / and
+# sqrt because a double has more than twice the bits of an f32. A NaN keeps its payload:
+# an f32 NaN is held as the double with the payload in the same leading bits.
 
 INFINITY = float("inf")
 NAN = float("nan")
@@ -1817,8 +1818,8 @@ def lanewise_source(op, format, expression, places):
 
 # What the verbs of memory accesses and lane accesses do. {at} is the address and {rest}
 # what follows the format in the table. A load has its address in slot a and the offset
-# in b; a store the offset, negative, in d and the value in slot b; all others have
-# (offset, slots or lane …) in b.
+# in b; a store has the value in slot b and the offset in d, negative lest it be taken for
+# a slot that is written; all others have (offset, slots or lane …) in b.
 ACCESSES = {
     "load": ("R[d] = unpack(memory.view, {at})[0] {rest}",),
     "widen": ("R[d] = widen(*unpack(memory.view, {at}))",),
@@ -2261,9 +2262,9 @@ def copy_bytes(view, to, source, start, count):
 #
 # The decoder of everything but function bodies (section 5.5). In: the bytes of
 # a module, or a mapping of its file. Out: a Module, whose sections are lists of
-# plain values. Bodies stay bytes until they are called first: the specification
-# allows it (appendix, Implementation Limitations), and a program that prints a line executes one function
-# in six. What can be checked without bodies is checked here.
+# plain values. Bodies stay bytes until they are first called: the specification
+# allows it (appendix, Implementation Limitations), and a program that prints a line
+# executes one function in six. What can be checked without bodies is checked here.
 
 EXTERN_KINDS = ("func", "table", "memory", "global", "tag")
 
@@ -2290,9 +2291,9 @@ class Segment:
 
 
 class Body:
-    """A function's code: `data[start:end]`, locals first. Of a constant expression,
-    which has no locals, only what is more than one instruction: that is held as
-    (opcode, immediate)."""
+    """A function's code: `data[start:end]`, locals first; or a constant expression of
+    several instructions, which has no locals. (One of a single instruction is held as
+    (opcode, immediate).)"""
 
     __slots__ = ("start", "end")
 
@@ -2330,9 +2331,9 @@ class Module:
         self.datas = []
         self.customs = []           # (name, start, end) of every custom section
         self.declared = set()       # functions that ref.func may name in bodies
-        self.names = None           # of functions, when they are asked for
-        self.labels = None          # what people call functions, and the index of each type, …
-        self.type_indices = None    # … when somebody asks
+        self.names = None           # see function_names()
+        self.labels = None          # function index -> what people call it, when somebody asks (chapter 16)
+        self.type_indices = None    # DefinedType -> its index, likewise
         self.shell = None           # see shell_of()
         self.translator = None      # what translates its functions in place of a Translator: instrument()
         ModuleDecoder(self).decode()
@@ -2358,8 +2359,8 @@ class Module:
         validate_bodies(self)
 
     def function_names(self):
-        """{function index: name} of the name section's subsection 1, or {} where
-        there is none or it is damaged: names are a courtesy, never an error."""
+        """{function index: name} of the name section's subsection 1, as far as there is
+        one and it can be read: names are a courtesy, never an error."""
         if self.names is not None:
             return self.names
         names = self.names = {}
@@ -2837,9 +2838,10 @@ def check_constant(module, expression, type):
 
 # === 10. Store and instances ==================================================
 #
-# The run-time structure of section 4.2. A linear memory is one anonymous mapping,
-# reserved once as large as the memory may become: its address never moves, pages
-# that are never touched cost nothing, and growing changes a number.
+# The run-time structure of section 4.2. In: a Module and what it imports. Out: an Instance,
+# whose exports can be called, and whose imports have the types that the module declares.
+# A linear memory is one anonymous mapping, reserved once as large as the memory may become:
+# its address never moves, pages that are never touched cost nothing, and growing changes a number.
 
 MAP_NORESERVE = 0x4000              # mmap(2); the mmap module names it from 3.13 on
 SMALLEST_RESERVATION = 1 << 24
@@ -2871,8 +2873,8 @@ class Memory:
                 mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
                 if size == wanted or size // 2 < max(minimum * PAGE_BYTES, SMALLEST_RESERVATION):
                     return mapping
-                mapping.close()         # the rest of the process needs some, too
-                wanted = size = size // 2
+                mapping.close()
+                wanted = size = size // 2       # of what there is: the rest of the process needs some, too
             except (OSError, OverflowError):
                 if size <= max(minimum * PAGE_BYTES, SMALLEST_RESERVATION):
                     raise Exhaustion("cannot reserve %d pages of memory" % minimum) from None
