@@ -9,7 +9,7 @@ from conftest import ROOT
 with open(os.path.join(ROOT, "chibishim.py"), encoding="utf-8") as file:
     SOURCE = file.read()
 BANNER = re.compile(r"^# === (\d+)\. (.+?) =+$", re.M)
-CHAPTERS = [(int(match[1]), match[2], match.start()) for match in BANNER.finditer(SOURCE)]
+CHAPTERS = [(int(match[1]), match[2], SOURCE.count("\n", 0, match.start()) + 1) for match in BANNER.finditer(SOURCE)]
 
 
 def test_the_map_is_the_table_of_the_chapters():
@@ -28,8 +28,7 @@ def test_only_the_standard_library_is_imported():
 
 
 def chapter_of(line):
-    offset = sum(len(text) + 1 for text in SOURCE.split("\n")[:line - 1])
-    return max((number for number, _, start in CHAPTERS if start <= offset), default=0)
+    return max((number for number, _, banner in CHAPTERS if banner <= line), default=0)
 
 
 def test_the_engine_does_not_know_the_system():
