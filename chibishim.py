@@ -2470,13 +2470,10 @@ class ModuleDecoder(TypeReader):
                 self.position = stop
             self.end = whole
         module = self.module
-        if len(module.functions) - self.count_imports("func") != len(module.bodies):
+        if len(module.functions) - sum(item.kind == "func" for item in module.imports) != len(module.bodies):
             raise Malformed("function and code section have inconsistent lengths")
         if module.data_count not in (None, len(module.datas)):
             raise Malformed("data count and data section have inconsistent lengths")
-
-    def count_imports(self, kind):
-        return sum(i.kind == kind for i in self.module.imports)
 
     def limits(self, bound, bound_64, error):
         """limits ::= flags n [m]; bits of the flags: 0 maximum, 1 shared, 2 64-bit"""
