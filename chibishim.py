@@ -9461,7 +9461,7 @@ READ_ONLY_RIGHTS = ALL_RIGHTS & ~rights(
     "path_remove_directory path_unlink_file")
 
 FILETYPES = {0o060000: 1, 0o020000: 2, 0o040000: 3, 0o100000: 4, 0o140000: 6, 0o120000: 7}
-CHARACTER_DEVICE, DIRECTORY, REGULAR_FILE, DATAGRAM_SOCKET, STREAM_SOCKET, SYMBOLIC_LINK = 2, 3, 4, 5, 6, 7
+DIRECTORY, REGULAR_FILE, STREAM_SOCKET, SYMBOLIC_LINK = 3, 4, 6, 7
 FDFLAGS_APPEND, FDFLAGS_DSYNC, FDFLAGS_NONBLOCK, FDFLAGS_RSYNC, FDFLAGS_SYNC = 1, 2, 4, 8, 16
 FDFLAGS = ((FDFLAGS_APPEND, os.O_APPEND), (FDFLAGS_DSYNC, os.O_DSYNC), (FDFLAGS_NONBLOCK, os.O_NONBLOCK),
            (FDFLAGS_RSYNC, os.O_RSYNC), (FDFLAGS_SYNC, os.O_SYNC))
@@ -9473,7 +9473,8 @@ CLOCK_REALTIME, CLOCK_MONOTONIC = 0, 1
 WASI_ADVICE = (os.POSIX_FADV_NORMAL, os.POSIX_FADV_SEQUENTIAL, os.POSIX_FADV_RANDOM,
                os.POSIX_FADV_WILLNEED, os.POSIX_FADV_DONTNEED, os.POSIX_FADV_NOREUSE)
 WASI_SIGNALS = (*range(16), *range(17, 32))     # Linux's numbers, without 16 (STKFLT)
-HARMLESS_SIGNALS = (0, 17, 18, 19, 20, 21, 22, 23, 28)  # none CHLD CONT STOP TSTP TTIN TTOU URG WINCH
+IGNORED_BY_DEFAULT = (17, 18, 23, 28)           # CHLD CONT URG WINCH: signal(7)
+STOPPING = (19, 20, 21, 22)                     # STOP TSTP TTIN TTOU
 EVENT_CLOCK, EVENT_READ, EVENT_WRITE = 0, 1, 2
 SUBSCRIPTION_CLOCK_ABSTIME = 1
 RECV_PEEK, RECV_WAITALL, RECV_DATA_TRUNCATED = 1, 2, 1
@@ -9915,7 +9916,7 @@ class Wasi:
             raise WasiError("EINVAL")
         number = WASI_SIGNALS[signal]
         os.kill(os.getpid(), number)
-        if os.getpid() == 1 and number not in HARMLESS_SIGNALS:
+        if os.getpid() == 1 and number not in (0, *IGNORED_BY_DEFAULT, *STOPPING):
             raise Exit(128 + number)    # pid_namespaces(7): init cannot kill itself
 
     def sched_yield(self):
@@ -10573,8 +10574,6 @@ PROC_ROOT_INO = 1                       # the root directory's of any proc file 
 O_PATH = os.O_PATH
 
 SIGHUP, SIGINT, SIGKILL, SIGPIPE, SIGTERM, SIGCHLD = 1, 2, 9, 13, 15, 17
-IGNORED_BY_DEFAULT = (17, 18, 23, 28)   # CHLD CONT URG WINCH: signal(7)
-STOPPING = (19, 20, 21, 22)             # STOP TSTP TTIN TTOU
 CAPABILITIES = """CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
     NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE
     SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL
@@ -11161,16 +11160,16 @@ RECURSIVE_OPTIONS = {                   # option -> (attributes to set, to clear
     "rnodiratime": (0x80, 0), "rdiratime": (0, 0x80), "rnosymfollow": (0x200000, 0), "rsymfollow": (0, 0x200000),
 }
 EXTENSIONS = ("idmap", "ridmap", "tmpcopyup")         # options of config.json's mounts that no kernel knows by name
-DEVICE_NODES = (                        # path, type, major, minor: always there
-    ("/dev/null", "c", 1, 3), ("/dev/zero", "c", 1, 5), ("/dev/full", "c", 1, 7),
-    ("/dev/random", "c", 1, 8), ("/dev/urandom", "c", 1, 9), ("/dev/tty", "c", 5, 0),
+DEVICE_NODES = (                        # path, major, minor: character devices that are always there
+    ("/dev/null", 1, 3), ("/dev/zero", 1, 5), ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8), ("/dev/urandom", 1, 9), ("/dev/tty", 5, 0),
 )
 DEVICE_LINKS = (
     ("/proc/self/fd", "/dev/fd"), ("/proc/self/fd/0", "/dev/stdin"), ("/proc/self/fd/1", "/dev/stdout"),
     ("/proc/self/fd/2", "/dev/stderr"), ("pts/ptmx", "/dev/ptmx"),
 )
 DEVICE_TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}
-RLIMITS = ("CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME").split()
+RLIMITS = "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
 CAPABILITY_SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")
 MAX_ID = (1 << 32) - 2                  # uid_t -1 means "leave as it is"
 MAX_MAJOR, MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1         # of the kernel's dev_t
@@ -11212,7 +11211,6 @@ class JsonContext:
     strict = False
     object_hook = object_pairs_hook = array_hook = None         # the last since Python 3.15
     parse_float, parse_int, parse_constant = float, int, float
-    memo = {}
 
 
 def check_config(config):
@@ -11396,9 +11394,9 @@ def plan(config, bundle, rootfs, user_namespace=False, pivot=True):
         steps += hook_steps + sysctls + [("chroot", rootfs)]
     else:
         raise ConfigError("config.json: linux.namespaces: a container without a mount namespace would share the host's mounts")
-    for name, space in (("hostname", "uts"), ("domainname", "uts")):
+    for name in ("hostname", "domainname"):
         if config.get(name):
-            if space not in spaces:
+            if "uts" not in spaces:
                 raise ConfigError("config.json: %s needs an own uts namespace" % name)
             steps.append((name, config[name]))
     return plan_labels(process) + plan_mount_label(linux) + steps + [("cgroup",)] + plan_process(process, linux)
@@ -11515,9 +11513,9 @@ def plan_devices(config, user_namespace):
             return []                   # somebody else's /dev: hands off
     steps = []
     asked = (config.get("linux") or {}).get("devices") or ()
-    for path, kind, major, minor in DEVICE_NODES:
+    for path, major, minor in DEVICE_NODES:
         if path not in [device.get("path") for device in asked]:
-            steps.append(("device", path, DEVICE_TYPES[kind] | 0o666, major, minor, 0, 0, user_namespace))
+            steps.append(("device", path, DEVICE_TYPES["c"] | 0o666, major, minor, 0, 0, user_namespace))
     for index, device in enumerate(asked):
         kind = DEVICE_TYPES.get(device.get("type"))
         if kind is None or not (device.get("path") or "").startswith("/"):
@@ -11669,7 +11667,7 @@ def plan_mount_label(linux):
 
 def capability_mask(names):
     """The bit mask of capability names; a name that is unknown here grants nothing."""
-    return sum(1 << CAPABILITIES.index(name[4:]) for name in set(names or ()) if name[4:] in CAPABILITIES and name[:4] == "CAP_")
+    return sum(1 << CAPABILITIES.index(name[4:]) for name in set(names) if name[4:] in CAPABILITIES and name[:4] == "CAP_")
 
 
 # -- system call filters --
@@ -12006,7 +12004,7 @@ def filter_runs(architecture, default, rules):
     fates = {number: filter_fate(alternatives, default) for number, alternatives in calls.items()}
     # A call that the profile's author cannot have known does not exist: with EPERM
     # instead a C library would not fall back on the old one. (as runc has it)
-    newest = max([number for number in fates if number < NEW_CALLS], default=-1)
+    newest = max((number for number in fates if number < NEW_CALLS), default=-1)
     permissive = default & 0xFFFF0000 in (ACT_TRACE, ACT_LOG, ACT_ALLOW)
     beyond = (default if permissive or newest < 0 else ACT_ERRNO | errno.ENOSYS), ()
     steps = [(number, fates.get(number, (default, ()))) for number in range(newest + 1)] + [(newest + 1, beyond)]
