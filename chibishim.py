@@ -9738,13 +9738,6 @@ def plug(fd):
         os.close(end)
 
 
-def socket_type():
-    """The type of socket objects. Imported before the guest runs, and only for guests that
-    have sockets."""
-    import _socket
-    return _socket.socket
-
-
 class Wasi:
     """The state of one guest. `preopens` is a list of (host path, guest path) or (host path,
     guest path, whether read-only), `listeners` of descriptors of listening sockets; they
@@ -9770,9 +9763,9 @@ class Wasi:
                                    file_bytes(guest)))
         for fd in listeners:
             self.insert(Descriptor(fd, LISTENER_RIGHTS, CONNECTION_RIGHTS))
-        self.socket_type = None
         if any(d.filetype == STREAM_SOCKET for d in self.descriptors.values()):
-            self.socket_type = socket_type()
+            import _socket              # before the guest runs, and only for those that have sockets
+            self.socket_type = _socket.socket
 
     def imports(self):
         """The imports' namespace: {name: HostFunction}."""
@@ -10472,9 +10465,11 @@ def run_export(wasi, module, imports, function, words):
         raise Unlinkable("the module exports no function %r%s" % (
             function, "; name one with --invoke, in a container by PROGRAM#NAME" if function == "_start" else ""))
     type = module.function_type(index)
-    values = [] if function == "_start" else [parse_value(*pair) for pair in zip(type.params, words)]
-    if function != "_start" and len(words) != len(type.params) or len(values) != len(type.params):
+    if function == "_start":
+        words = ()                      # are WASI's arguments
+    if len(words) != len(type.params):
         raise Unlinkable("function %r takes %d arguments" % (function, len(type.params)))
+    values = [parse_value(*pair) for pair in zip(type.params, words)]
     start, module.start = module.start, None    # it may call WASI, which needs the memory
     instance = Instance(module, imports)
     kind, index = module.exports.get("memory", ("memory", 0))
