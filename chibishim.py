@@ -10674,24 +10674,24 @@ def write_text(path, text):
         os.close(fd)
 
 
-def open_in_root(root, path, flags=O_PATH, mode=0, resolve=0):
+def open_in_root(root, path, flags=O_PATH, resolve=0):
     """Opens `path` as a process sees it whose root directory is the descriptor `root`:
     symlinks and `..` cannot lead out, magic links are refused. openat2(2), or before
     Linux 5.6 component by component, and without what `resolve` adds."""
     name = file_bytes(path.lstrip("/") or ".")
-    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | resolve)
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | resolve)
     for _ in range(64):                 # EAGAIN: something was renamed on the way
         try:
             return libc.syscall(SYS_OPENAT2, root, name, how, len(how))
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.EPERM):
-                return walk_in_root(root, path, flags, mode)
+                return walk_in_root(root, path, flags)
             if error.errno != errno.EAGAIN:
                 raise OSError(error.errno, "open %s in the container: %s" % (path, os.strerror(error.errno))) from None
     raise OSError(errno.EAGAIN, "open %s in the container: somebody keeps renaming directories" % path)
 
 
-def walk_in_root(root, path, flags=O_PATH, mode=0):
+def walk_in_root(root, path, flags=O_PATH):
     """open_in_root without openat2: a descriptor for each directory on the way, so that
     nothing is looked up twice."""
     parents = [os.dup(root)]
@@ -10706,41 +10706,29 @@ def walk_in_root(root, path, flags=O_PATH, mode=0):
                 if len(parents) > 1:
                     os.close(parents.pop())
                 continue
-            fd = try_open(name, parents[-1])
-            if fd is None:
-                if not rest and flags & os.O_CREAT:
-                    return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=parents[-1])
-                raise OSError(errno.ENOENT, "open %s in the container: %s" % (path, os.strerror(errno.ENOENT)))
+            fd = os.open(name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parents[-1])
+            parents.append(fd)
             kind = os.fstat(fd).st_mode & 0o170000
             if kind == 0o120000:
                 target = os.readlink("", dir_fd=fd)
-                os.close(fd)
+                os.close(parents.pop())
                 links += 1
                 if links > MAX_SYMLINKS:
-                    raise OSError(errno.ELOOP, "open %s in the container: %s" % (path, os.strerror(errno.ELOOP)))
+                    raise OSError(errno.ELOOP, "")
                 if target.startswith("/"):
                     while len(parents) > 1:
                         os.close(parents.pop())
                 rest += target.split("/")[::-1]
             elif rest and kind != 0o040000:
-                os.close(fd)
-                raise OSError(errno.ENOTDIR, "open %s in the container: %s" % (path, os.strerror(errno.ENOTDIR)))
-            else:
-                parents.append(fd)
+                raise OSError(errno.ENOTDIR, "")
         if flags & O_PATH:
             return os.dup(parents[-1])
-        return os.open("/proc/self/fd/%d" % parents[-1], flags & ~os.O_CREAT | os.O_CLOEXEC)
+        return os.open("/proc/self/fd/%d" % parents[-1], flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise OSError(error.errno, "open %s in the container: %s" % (path, os.strerror(error.errno))) from None
     finally:
         for fd in parents:
             os.close(fd)
-
-
-def try_open(name, directory):
-    """An O_PATH descriptor of the entry itself, or None if there is none."""
-    try:
-        return os.open(name, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    except FileNotFoundError:
-        return None
 
 
 class Loop:
@@ -13773,7 +13761,7 @@ def do_mount_label(setup, label):
 def open_label(setup, what, proc, directory, for_exec, for_now):
     """Prepares the label for either payload: proc_pid_attr(5). Nothing may be mounted there."""
     for name, text in (("exec", for_exec), ("current", for_now)):
-        fd = open_in_root(proc, join_path(directory, name), os.O_WRONLY, 0, RESOLVE_NO_XDEV)
+        fd = open_in_root(proc, join_path(directory, name), os.O_WRONLY, RESOLVE_NO_XDEV)
         setup.labels.append((what, fd, text))
 
 

@@ -171,7 +171,7 @@ def test_a_path_is_resolved_inside_the_root(tmp_path, resolve, path, found):
     directory = os.open(root, chibishim.O_PATH | os.O_DIRECTORY)
     try:
         if found is None:
-            with pytest.raises(OSError):
+            with pytest.raises(OSError, match="open %s in the container: " % path):
                 resolve(directory, path)
             return
         fd = resolve(directory, path)
