@@ -9329,7 +9329,7 @@ class Stepwise(Translator):
         self.trace, self.tank = trace, tank
         self.cost = self.charged = None     # how many instructions the block `charged` has
         self.lowest = 0                     # how low the operand stack was within an instruction
-        self.aliases = not trace            # else an operand lies where its height says
+        self.aliases = not trace            # a trace reads an operand from the slot of its height
 
     def instructions(self):
         reader, function, whole = self.reader, self.function, self.reader.end
@@ -9460,6 +9460,7 @@ READ_ONLY_RIGHTS = ALL_RIGHTS & ~rights(
     "path_link_target path_rename_source path_rename_target path_filestat_set_size path_filestat_set_times path_symlink "
     "path_remove_directory path_unlink_file")
 
+# S_IFBLK, CHR, DIR, REG, SOCK and LNK of st_mode; S_IFIFO is unknown (0) to the witx file.
 FILETYPES = {0o060000: 1, 0o020000: 2, 0o040000: 3, 0o100000: 4, 0o140000: 6, 0o120000: 7}
 DIRECTORY, REGULAR_FILE, STREAM_SOCKET, SYMBOLIC_LINK = 3, 4, 6, 7
 FDFLAGS_APPEND, FDFLAGS_DSYNC, FDFLAGS_NONBLOCK, FDFLAGS_RSYNC, FDFLAGS_SYNC = 1, 2, 4, 8, 16
@@ -9581,7 +9582,7 @@ def check_device(status):
 # -- directories below a directory --
 
 RESOLVE_NO_MAGICLINKS, RESOLVE_BENEATH = 0x02, 0x08
-SYS_OPENAT2 = 437                       # one number on every architecture
+SYS_OPENAT2 = 437                       # on every architecture but alpha and MIPS
 HOW = struct.pack("=QQQ", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
 
 
@@ -10343,8 +10344,8 @@ def entry_type(entry):
 
 
 def wait_for(wanted, seconds):
-    """{fd: revents} of poll(2) on {fd: events} after at most `seconds` (None: for ever; an
-    hour at most, for who waits longer asks again). poll counts in milliseconds: without
+    """{fd: revents} of poll(2) on {fd: events} after at most `seconds` (None: for ever), and
+    at most an hour: whoever waits longer asks again. poll counts in milliseconds: without
     descriptors it is a sleep, which is exact."""
     seconds = MAX_SLEEP_SECONDS if seconds is None else max(0, min(seconds, MAX_SLEEP_SECONDS))
     if not wanted:
@@ -10892,6 +10893,7 @@ def write_all(fd, data, deadline=None):
 
 
 def local_socket():
+    """A stream socket for paths: unix(7)."""
     import _socket
     return _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
 
@@ -11244,7 +11246,7 @@ def check_field(value, path, type, fate, where):
         check_type(value, "object", where)
         for key, item in value.items():
             check_field(item, rest, type, fate, "%s.%s." % (where, key[:80]))
-    elif name is not key:
+    elif name[-2:] == "[]":
         if value.__class__ is not list:
             raise ConfigError("%s is %s, not a list" % (where, value.__class__.__name__))
         for index, item in enumerate(value):
@@ -11417,7 +11419,8 @@ def plan_sysctls(values, spaces):
     steps = []
     for name, value in sorted(values.items()):
         path = sysctl_path(name)
-        space = next((s for prefix, s in NAMESPACED_SYSCTLS.items() if path == prefix or prefix[-1] == "/" and path.startswith(prefix)), None)
+        space = next((space for prefix, space in NAMESPACED_SYSCTLS.items()
+                      if path == prefix or prefix[-1] == "/" and path.startswith(prefix)), None)
         if space not in spaces or ".." in path.split("/"):
             raise ConfigError("config.json: linux.sysctl %s: not in a namespace of the container's own; set it on the host" % name)
         steps.append(("sysctl", path, value, space))
@@ -11517,7 +11520,7 @@ def plan_rlimits(process):
     for item in process.get("rlimits") or ():
         name = item.get("type") or ""
         if name[:7] != "RLIMIT_" or name[7:] not in RLIMITS or name in found:
-            raise ConfigError("config.json: process.rlimits: %s %r" % ("double" if name in found else "unknown", name))
+            raise ConfigError("config.json: process.rlimits: %s %r" % ("twice" if name in found else "unknown", name))
         found[name] = ("rlimit", name, item.get("soft") or 0, item.get("hard") or 0)
     return list(found.values())
 
@@ -11540,7 +11543,8 @@ def plan_scheduling(process):
         steps.append(("scheduler", struct.pack("=IIQiIQQQ", 48, SCHEDULERS[scheduler["policy"]], flags, *numbers)))
     if priority is not None:
         if priority.get("class") not in IO_CLASSES or not 0 <= (priority.get("priority") or 0) < 8:
-            raise ConfigError("config.json: process.ioPriority: class %r, priority %r" % (priority.get("class"), priority.get("priority")))
+            raise ConfigError("config.json: process.ioPriority: class %r has no priority %r" % (
+                priority.get("class"), priority.get("priority")))
         steps.append(("io_priority", IO_CLASSES[priority["class"]] << 13 | (priority.get("priority") or 0)))
     return steps
 
@@ -11597,7 +11601,8 @@ def process_user(user):
     """(uid, gid, further gids, umask) of process.user."""
     uid, gid, groups = user.get("uid") or 0, user.get("gid") or 0, tuple(user.get("additionalGids") or ())
     umask = 0o022 if user.get("umask") is None else user["umask"]
-    for field, numbers, limit in (("uid", (uid,), MAX_ID), ("gid", (gid,), MAX_ID), ("additionalGids", groups, MAX_ID), ("umask", (umask,), 0o777)):
+    for field, numbers, limit in (("uid", (uid,), MAX_ID), ("gid", (gid,), MAX_ID), ("additionalGids", groups, MAX_ID),
+                                  ("umask", (umask,), 0o777)):
         if not all(0 <= number <= limit for number in numbers):
             raise ConfigError("config.json: process.user.%s: not in 0…%d" % (field, limit))
     return uid, gid, groups, umask
@@ -11606,9 +11611,9 @@ def process_user(user):
 def plan_process(process, linux):
     """What the process gives up or takes on, in the one order that works: limits while we
     are root, the bounding set before the identity, capabilities after it; the personality
-    when nobody asks for the processor's name any more. A system call
-    filter comes last, so that it need not allow what we do; yet without no_new_privs it
-    takes CAP_SYS_ADMIN, which is still there before the capabilities go: seccomp(2)."""
+    when nobody asks for the processor's name any more. A system call filter comes last, so
+    that it need not allow what we do; yet without no_new_privs it takes CAP_SYS_ADMIN, which
+    is still there before the capabilities go: seccomp(2)."""
     steps = plan_rlimits(process) + plan_scheduling(process)
     seccomp = linux.get("seccomp")
     filters = [] if seccomp is None else [plan_seccomp(seccomp, machine_here())]
@@ -11884,7 +11889,8 @@ def known_fields(value, names, where):
     """Elsewhere unknown fields are ignored; here one might be a restriction."""
     for name in value:
         if name not in names.split():
-            raise ConfigError("%s.%s is not supported, and dropping it silently would be unsafe: remove it from the profile" % (where, name))
+            raise ConfigError("%s.%s is not supported, and dropping it silently would be unsafe: remove it from the profile" % (
+                where, name))
 
 
 def seccomp_action(name, number, where, prefix=""):
