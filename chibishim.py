@@ -3901,27 +3901,19 @@ class Translator:
         self.branch_if(control, condition, slots + [slot], wanted)
         self.keep(types[:-1], slots)
 
-    def test(self, op, nullable):
-        target = self.reader.heap_type(), nullable
+    def ref_test_(self, op):
+        target = self.reader.heap_type(), op.name.endswith("null")
         slot = self.pop((top_of(target[0]), True))
         self.emit(do_ref_test, self.push(I32), slot, target)
 
-    def ref_test_(self, op):
-        self.test(op, False)
+    ref_test_null_ = ref_test_
 
-    def ref_test_null_(self, op):
-        self.test(op, True)
-
-    def cast(self, op, nullable):
-        target = self.reader.heap_type(), nullable
+    def ref_cast_(self, op):
+        target = self.reader.heap_type(), op.name.endswith("null")
         slot = self.pop((top_of(target[0]), True))
         self.emit(do_ref_cast, self.push(target), slot, target)
 
-    def ref_cast_(self, op):
-        self.cast(op, False)
-
-    def ref_cast_null_(self, op):
-        self.cast(op, True)
+    ref_cast_null_ = ref_cast_
 
     def cast_immediates(self):
         """castflags label heaptype heaptype; returns (label, source type, target type)."""
@@ -4022,31 +4014,34 @@ class Translator:
         slots = self.pop_all([unpacked(type.fields[0][0])] * count)
         self.emit(do_array_new_fixed, self.push((type, False)), type, slots)
 
-    def data_array(self, mutable):
-        """Reads and checks type and data index; returns (type, segments, index)."""
-        type, index = self.aggregate(ARRAY), self.data_index(self.reader.unsigned())
-        if mutable and not type.fields[0][1]:
+    def mutable_array(self):
+        """Reads and checks the index of a mutable array type."""
+        type = self.aggregate(ARRAY)
+        if not type.fields[0][1]:
             raise Invalid("immutable array")
+        return type
+
+    def data_array(self, type):
+        """Reads and checks the index of the data for an array; returns (type, segments, index)."""
+        index = self.data_index(self.reader.unsigned())
         if type.fields[0][0].__class__ is tuple:
             raise Invalid("array type is not numeric or vector")
         return type, self.instance.datas, index
 
-    def element_array(self, mutable):
-        """Reads and checks type and element index; returns (type, segments, index)."""
-        type, index = self.aggregate(ARRAY), self.element_index(self.reader.unsigned())
-        if mutable and not type.fields[0][1]:
-            raise Invalid("immutable array")
+    def element_array(self, type):
+        """Reads and checks the index of the elements for an array; returns (type, segments, index)."""
+        index = self.element_index(self.reader.unsigned())
         if not type_matches(self.module.elements[index].type, type.fields[0][0]):
             raise Invalid("type mismatch")
         return type, self.instance.elements, index
 
     def array_new_data_(self, op):
-        a = self.data_array(False)
+        a = self.data_array(self.aggregate(ARRAY))
         slots = self.pop_all((I32, I32))
         self.emit(do_array_new_data, self.push((a[0], False)), a, slots)
 
     def array_new_elem_(self, op):
-        a = self.element_array(False)
+        a = self.element_array(self.aggregate(ARRAY))
         slots = self.pop_all((I32, I32))
         self.emit(do_array_new_elem, self.push((a[0], False)), a, slots)
 
@@ -4062,13 +4057,6 @@ class Translator:
         self.emit(handler, self.push(unpacked(storage)), slot, b)
 
     array_get_s_ = array_get_u_ = array_get_
-
-    def mutable_array(self):
-        """Reads and checks the index of a mutable array type."""
-        type = self.aggregate(ARRAY)
-        if not type.fields[0][1]:
-            raise Invalid("immutable array")
-        return type
 
     def array_set_(self, op):
         type = self.mutable_array()
@@ -4092,11 +4080,11 @@ class Translator:
         self.emit(do_array_copy, None, None, self.pop_all(((type, True), I32, (source, True), I32, I32)))
 
     def array_init_data_(self, op):
-        a = self.data_array(True)
+        a = self.data_array(self.mutable_array())
         self.emit(do_array_init_data, None, a, self.pop_all(((a[0], True), I32, I32, I32)))
 
     def array_init_elem_(self, op):
-        type, segments, index = self.element_array(True)
+        type, segments, index = self.element_array(self.mutable_array())
         self.emit(do_array_init_elem, None, (segments, index), self.pop_all(((type, True), I32, I32, I32)))
 
     def any_convert_extern_(self, op):
