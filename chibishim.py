@@ -12996,7 +12996,7 @@ def perform(steps, setup):
         try:
             OPERATIONS[step[0]](setup, *step[1:])
         except OSError as error:
-            raise ContainerError("%s: %s" % (step[0].replace("_", " "), error.strerror or error)) from None
+            raise ContainerError("%s: %s" % (step[0].replace("_", " "), reason(error))) from None
 
 
 def open_namespace(path):
@@ -13007,13 +13007,22 @@ def open_namespace(path):
         raise ContainerError("namespace path %s: %s" % (path, error.strerror)) from None
 
 
+def join_namespace(fd, flag):
+    """setns(2); closes the descriptor."""
+    try:
+        libc.setns(fd, flag)
+    except OSError as error:
+        name = next(name for name, (known, _) in NAMESPACES.items() if known == flag)
+        raise ContainerError("join the %s namespace at its path: %s" % (name, os.strerror(error.errno))) from None
+    os.close(fd)
+
+
 def do_join(setup, path, flag):
     fd = open_namespace(path)
     own = next(file for known, file in NAMESPACES.values() if known == flag)
     if setup and os.fstat(fd).st_ino == os.stat("/proc/self/ns/" + own).st_ino:
         setup.shared |= flag
-    libc.setns(fd, flag)
-    os.close(fd)
+    join_namespace(fd, flag)
 
 
 def do_unshare(setup, flags):
@@ -13306,11 +13315,9 @@ def enter_namespaces(pid, user, pid_namespace):
     for the children that follow. A new one is to be the user namespace's; one that is there may
     be the host's, and takes the host's rights."""
     if pid >= 0:
-        libc.setns(pid, CLONE_NEWPID)
-        os.close(pid)
+        join_namespace(pid, CLONE_NEWPID)
     if user >= 0:
-        libc.setns(user, CLONE_NEWUSER)
-        os.close(user)
+        join_namespace(user, CLONE_NEWUSER)
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)         # fs.suid_dumpable can make of a new identity what it likes
@@ -13417,7 +13424,9 @@ def do_device(setup, path, mode, major, minor, uid, gid, user_namespace):
     except FileExistsError:
         status = os.stat(name, dir_fd=parent, follow_symlinks=False)
         if status.st_mode & 0o170000 != mode & 0o170000 or status.st_rdev != os.makedev(major, minor):
-            raise OSError(errno.EEXIST, "device %s: the image has something else there" % path) from None
+            raise OSError(errno.EEXIST, "%s: the image has something else there" % path) from None
+    except OSError as error:
+        raise OSError(error.errno, "%s: %s" % (path, error.strerror)) from None
     finally:
         os.close(parent)
 
@@ -13978,10 +13987,8 @@ def container_child(process, steps, setup, stdio, terminal):
         if terminal and setup.console < 0:
             fcntl.ioctl(0, TIOCSCTTY, 0)
         code = container_main(process, steps, setup)
-    except (ContainerError, ConfigError) as error:
-        send_error(setup.status, str(error))
-    except OSError as error:
-        send_error(setup.status, str(error.strerror or error))
+    except (ContainerError, ConfigError, OSError) as error:
+        send_error(setup.status, reason(error))
     except Exception as error:          # a defect of this module: named, not hidden
         send_error(setup.status, "internal error: %s: %s" % (error.__class__.__name__, error))
     os._exit(code)
@@ -15495,7 +15502,7 @@ def be_between(setup, prepare):
     except BlockingIOError as error:    # EAGAIN of fork(2)
         send_error(setup.report, "fork: %s; linux.resources.pids.limit must leave room for two" % error.strerror)
     except (ContainerError, OSError) as error:
-        send_error(setup.report, str(getattr(error, "strerror", None) or error))
+        send_error(setup.report, reason(error))
     finally:
         if grandchild:
             os._exit(0)

@@ -58,8 +58,17 @@ def test_a_namespace_that_cannot_be_joined_makes_create_fail(bundle, path):
                                             for space in bundle.config["linux"]["namespaces"]]
     bundle.start()
     text = bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
-    assert path in text or "join" in text
+    assert "namespace path /no/such: " in text if path == "/no/such" else "join the network namespace" in text
     bundle.fails(chibishim.NOT_FOUND, "State")
+
+
+@pytest.mark.parametrize("part, values, thing", [
+    ("linux", {"sysctl": {"net.ipv4.chibishim": "1"}}, "/proc/sys/net/ipv4/chibishim"), ("process", {"cwd": "/guest.wasm/x"}, "/guest.wasm/x"),
+    ("linux", {"devices": [{"path": "/guest.wasm/node", "type": "c"}]}, "/guest.wasm/node")], ids=["sysctl", "cwd", "device"])
+def test_create_names_the_file_that_it_fails_at(bundle, part, values, thing):
+    bundle.config[part].update(values)
+    bundle.start()
+    assert thing + ": " in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
 
 
 @pytest.mark.parametrize("destination, type", [("/proc", "proc"), ("/sys", "sysfs"), ("/dev", "tmpfs")])
