@@ -11348,7 +11348,10 @@ def plan(config, bundle, rootfs, user_namespace=False, pivot=True):
         propagation = linux.get("rootfsPropagation") or "rslave"
         if propagation not in PROPAGATION:
             raise ConfigError("config.json: linux.rootfsPropagation: unknown value %r" % propagation)
-        steps.append(("prepare_root", rootfs, PROPAGATION[propagation]))
+        flags = PROPAGATION[propagation]
+        if flags & MS_UNBINDABLE:       # only later: the new root is bind-mounted from the old one
+            flags ^= MS_UNBINDABLE | MS_PRIVATE
+        steps.append(("prepare_root", rootfs, flags))
         steps += plan_mounts(config, bundle, spaces, user_namespace)
         steps += plan_devices(config, user_namespace or "user" in spaces)
         if own_terminal(config, process):
@@ -11430,7 +11433,7 @@ def plan_mounts(config, bundle, spaces, user_namespace):
         target = item.get("destination") or ""
         if not target:
             raise ConfigError("%s.destination is missing" % where)
-        target = "/" + target.strip("/")
+        target = normal_path("/" + target)
         words = item.get("options") or ()
         plain = [word for word in words if word not in RECURSIVE_OPTIONS and word not in EXTENSIONS]
         flags, propagation, data = mount_options(plain, where)
@@ -13104,7 +13107,7 @@ def check_target(setup, fd, target, type, flags):
     """CVE-2019-16884 and its kin: nothing may be mounted over parts of /proc, and /proc, /sys
     must be where they claim to be, not behind a symlink of the image."""
     inner = inner_path(setup, fd)
-    if type in ("proc", "sysfs") and inner != normal_path(target):
+    if type in ("proc", "sysfs") and inner != target:
         raise OSError(errno.EINVAL, "mount %s at %s: a symlink leads to %s" % (type, target, inner))
     if inner.startswith("/proc/") and inner not in PROC_TARGETS or inner == "/proc" and type != "proc" and not flags & MS_BIND:
         raise OSError(errno.EPERM, "mount at %s: inside /proc" % target)

@@ -209,6 +209,20 @@ def test_the_new_root_is_shared_if_asked(word, steps):
     assert sum(step[0] == "propagation" for step in plan_of(rootfsPropagation=word)) == steps
 
 
+@pytest.mark.parametrize("word, flags", [("unbindable", chibishim.MS_PRIVATE), ("runbindable", chibishim.MS_PRIVATE | chibishim.MS_REC),
+                                         ("rslave", chibishim.MS_SLAVE | chibishim.MS_REC), ("shared", chibishim.MS_SHARED)])
+def test_the_old_root_can_be_bind_mounted_until_the_new_one_is_made(word, flags):
+    "N9"
+    assert [step[2] for step in plan_of(rootfsPropagation=word) if step[0] == "prepare_root"] == [flags]
+
+
+@pytest.mark.parametrize("destination, target", [("/a/../b", "/b"), ("/a/./b/", "/a/b"), ("a//b", "/a/b"), ("/../a", "/a"), ("/", "/")])
+def test_a_mounts_place_is_a_clean_path(destination, target):
+    "which is made where the image has none, and that without a directory .."
+    config = dict(config_with(), mounts=[{"destination": destination, "type": "tmpfs"}])
+    assert [step[2] for step in chibishim.plan(config, "/bundle", "/bundle/rootfs") if step[0] == "mount"] == [target]
+
+
 @pytest.mark.parametrize("uri, words", [
     ("binary:///bin/log", ["/bin/log"]), ("binary:///bin/log?a=1&b=2", ["/bin/log", "a", "1", "b", "2"]),
     ("binary:///my%20log?a=x%26y+z&b", ["/my log", "a", "x&y z", "b", ""])])
