@@ -10595,13 +10595,12 @@ def unmount_all(prefix):
 class MountEntry:
     """A line of /proc/self/mountinfo: proc_pid_mountinfo(5)."""
 
-    __slots__ = ("root", "mountpoint", "options", "propagation", "type", "super_options")
+    __slots__ = ("mountpoint", "options", "propagation", "type", "super_options")
 
     def __init__(self, line):
         left, _, right = line.partition(" - ")
         left = left.split(" ")
-        self.root, self.mountpoint = unescape(left[3]), unescape(left[4])
-        self.options, self.propagation = left[5].split(","), left[6:]
+        self.mountpoint, self.options, self.propagation = unescape(left[4]), left[5].split(","), left[6:]
         right = right.split(" ")
         self.type, self.super_options = right[0], right[2].split(",")
 
@@ -12134,6 +12133,8 @@ THROTTLES = {                           # field of linux.resources.blockIO -> (v
 DEVICE_RULES = ("c *:* m", "b *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm", "c 5:0 rwm",
                 "c 5:2 rwm", "c 136:* rwm")
 KILL_ROUNDS = 200                       # of 5 ms
+# of version 1's mounts, beside the controllers
+CGROUP_OPTIONS = ("rw", "ro", "seclabel", "noprefix", "xattr", "cpuset_v2_mode", "favordynmods", "clone_children")
 IN_MODIFY = 2
 
 
@@ -12653,17 +12654,16 @@ def delegate_controllers(path):
 
 
 def cgroup_mounts(table):
-    """{controller or "": (mount point, root of the mount)} of this system."""
+    """{controller or "": mount point} of this system."""
     mounts = {}
     for entry in table:
         if entry.type == "cgroup2":
-            mounts.setdefault("", (entry.mountpoint, entry.root))
+            mounts.setdefault("", entry.mountpoint)
         elif entry.type == "cgroup":
             for option in entry.super_options:
-                if option in ("rw", "ro") or "=" in option and not option.startswith("name="):
-                    continue
-                mounts.setdefault(option, (entry.mountpoint, entry.root))
-    return {name: place for name, place in mounts.items() if name not in ("xattr", "noprefix", "clone_children")}
+                if option not in CGROUP_OPTIONS and ("=" not in option or option.startswith("name=")):
+                    mounts.setdefault(option, entry.mountpoint)
+    return mounts
 
 
 def cgroup_of(cgroups_path, id, mounts, systemd=False):
@@ -12685,7 +12685,7 @@ def cgroup_of(cgroups_path, id, mounts, systemd=False):
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts or not parts:
         raise ConfigError("cgroup %r: no group below the root" % cgroups_path)
-    return Cgroup({name: join_path(point, *parts) for name, (point, _) in mounts.items()}, scope)
+    return Cgroup({name: join_path(point, *parts) for name, point in mounts.items()}, scope)
 
 
 # -- systemd --

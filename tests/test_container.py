@@ -1228,7 +1228,7 @@ def test_what_is_no_configuration_is_said(tmp_path, text):
 
 # systemd
 
-V2 = {"": ("/c", "/")}
+V2 = {"": "/c"}
 
 
 @pytest.mark.parametrize("path, booted, mounts, directory, scope", [
@@ -1236,12 +1236,20 @@ V2 = {"": ("/c", "/")}
     (":x:1", True, V2, "/c/system.slice/x-1.scope/container", ("system.slice", "x-1.scope")),
     ("-.slice:x:1", True, V2, "/c/x-1.scope/container", ("-.slice", "x-1.scope")),
     ("a-b.slice:x:1", False, V2, "/c/a.slice/a-b.slice/x-1.scope", None),
-    ("a.slice:x:1", True, {**V2, "memory": ("/m", "/")}, "/c/a.slice/x-1.scope", None),
+    ("a.slice:x:1", True, {**V2, "memory": "/m"}, "/c/a.slice/x-1.scope", None),
     ("a.slice:x:y.slice", True, V2, "/c/a.slice/y.slice", None), ("/a/1", True, V2, "/c/a/1", None)],
     ids=["scope", "default slice", "root slice", "no systemd", "version 1", "slice", "no systemd path"])
 def test_a_group_is_where_systemd_puts_it_and_a_scope_if_systemd_runs(path, booted, mounts, directory, scope):
     group = chibishim.cgroup_of(path, "id", mounts, booted)
     assert (group.directories[""], group.scope) == (directory, scope)
+
+
+@pytest.mark.parametrize("options, names", [
+    ("rw,cpu,cpuacct", ["cpu", "cpuacct"]), ("rw,xattr,release_agent=/run/agent,name=systemd", ["name=systemd"]),
+    ("ro,seclabel,cpuset,noprefix,cpuset_v2_mode,favordynmods,clone_children", ["cpuset"])])
+def test_a_hierarchy_has_its_controllers_and_no_options_of_its_mount(options, names):
+    line = "30 25 0:26 / /sys/fs/cgroup/x ro,nosuid shared:9 - cgroup cgroup " + options
+    assert chibishim.cgroup_mounts([chibishim.MountEntry(line)]) == dict.fromkeys(names, "/sys/fs/cgroup/x")
 
 
 @pytest.mark.parametrize("path", ["a.slice:..:../x", "../../x", "/", "a/../b", "a:x:1", "/a.slice:x:1"])

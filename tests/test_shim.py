@@ -157,7 +157,7 @@ def shim_group():
     if not mounts:
         pytest.skip("no cgroups are mounted here")
     name = "/%s-shim" % GROUP
-    directory = mounts.get("pids", mounts.get(""))[0] + name
+    directory = mounts.get("pids", mounts.get("")) + name
     os.mkdir(directory)
     yield name, directory
     until(lambda: not processes_in(directory))
