@@ -12275,15 +12275,12 @@ class LimitedCgroup(Cgroup):
         1 the unified hierarchy's controllers are enabled when first needed."""
         if controller not in self.directories and "" not in self.directories:
             return ""
-        for _ in range(2):
-            for name in filter(None, names):
-                path = self.file(controller, name)
-                if exists(path):
-                    return path
-            if controller in self.directories:
-                break
+        paths = [self.file(controller, name) for name in names if name]
+        path = next(filter(exists, paths), "")
+        if paths and not path and controller not in self.directories:
             delegate_controllers(self.directories[""])
-        return ""
+            path = next(filter(exists, paths), "")
+        return path
 
     def limit(self, resources):
         """Applies linux.resources but devices; OSError or ConfigError names what could not be. A
