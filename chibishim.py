@@ -14111,6 +14111,7 @@ LOGGER_READY_S, LOGGER_END_S = 10, 12
 FORK_S = 10                             # for all that comes before a fork into somebody else's namespaces
 COPY_BYTES = 65536
 PIECES_IN_A_ROW = 16                    # then others have their turn: a flood of output stalls nobody
+EXPECT_S = 30                           # between a container's `start` and its Create, at most
 
 
 def timestamp(seconds):
@@ -15446,8 +15447,12 @@ class TaskService:
             yield Event(), None
         if not valid_id(request["id"]):
             raise RpcError(INVALID_ARGUMENT, "container id %r" % request["id"][:100])
-        self.expected[request["id"]] = time.monotonic() + EXPECT_S
+        self.expect(request["id"])
         return {}
+
+    def expect(self, id):
+        """A Create of this container is to come."""
+        self.expected[id] = time.monotonic() + EXPECT_S
 
     def is_wanted(self):
         """Whether there is a container, or one is expected."""
@@ -15456,6 +15461,7 @@ class TaskService:
         return bool(self.containers or self.expected)
 
     def Shutdown(self, request):
+        self.expected.pop(request["id"], None)          # containerd has given it up
         self.stop = not self.is_wanted()
         return {}
 
@@ -15862,7 +15868,6 @@ UNUSED_EXIT_S = 300                     # so long without a container: container
 BUNDLE_CHECK_S = 2                      # between two looks at whether the first bundle is still there
 ACCEPT_PAUSE_S = 0.1
 PROBE_S, JOIN_S = 1, 10                 # for the answer of a shim that `delete`, or `start`, has found
-EXPECT_S = 30                           # between a container's `start` and its Create, at most
 FLUSH_S = 3                             # for the last events and answers, as long as containerd waits for Shutdown's
 EVENT_TIMEOUT_S = 5
 MAX_EVENTS = 2048
@@ -16159,6 +16164,7 @@ class Shim:
         self.events = []                # encoded ForwardRequests, the oldest first
         self.news = Event()
         self.tasks = TaskService(self.loop, self.publish, flags["namespace"], flags["address"])
+        self.tasks.expect(flags["id"])
 
     def serve(self):
         """Runs until containerd shuts us down or nobody wants us any more."""
@@ -16206,7 +16212,10 @@ class Shim:
                 seconds = 0
             yield None, BUNDLE_CHECK_S
             seconds += BUNDLE_CHECK_S
-            if not self.tasks.is_wanted() and (seconds >= UNUSED_EXIT_S or not exists(self.bundle)):
+            is_gone = not exists(self.bundle)
+            if is_gone:
+                self.tasks.expected.pop(self.flags["id"], None)
+            if (is_gone or seconds >= UNUSED_EXIT_S) and not self.tasks.is_wanted():
                 self.tasks.stop = True
 
     def reap(self, wake):

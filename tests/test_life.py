@@ -215,6 +215,24 @@ def test_a_shim_waits_for_the_container_whose_start_has_found_it(grouped):
     second.call("Delete")
 
 
+def test_a_shim_waits_for_the_container_that_it_was_started_for(bundle, monkeypatch):
+    """Another one may come and go before."""
+    monkeypatch.setenv("CHIBISHIM_GROUP", "all")
+    second = Bundle(bundle.directory)
+    bundle.start()
+    second.start().create()
+    second.call("Delete")
+    second.call("Shutdown")
+    assert bundle.create()
+    bundle.call("Delete")
+
+
+def test_a_shim_does_not_wait_for_a_container_that_was_given_up(grouped):
+    first, second = grouped
+    second.start().call("Shutdown")
+    until(lambda: not first.processes())
+
+
 def test_a_start_that_comes_too_late_makes_a_shim_of_its_own(grouped):
     first, second = grouped
     before = first.processes()
@@ -229,11 +247,11 @@ def test_a_shim_does_not_wait_for_ever(monkeypatch):
     service = chibishim.TaskService(None, None, "test")
     with pytest.raises(StopIteration):
         next(service.Expect({"id": "never"}))
-    service.Shutdown({})
+    service.Shutdown({"id": "other"})
     assert not service.stop
     later = time.monotonic() + chibishim.EXPECT_S
     monkeypatch.setattr(chibishim.time, "monotonic", lambda: later)
-    service.Shutdown({})
+    service.Shutdown({"id": "other"})
     assert service.stop
 
 
@@ -1063,7 +1081,7 @@ def test_a_containerd_without_ttrpc_has_its_events_by_its_command(published):
 def test_a_full_queue_keeps_the_exits(monkeypatch, capfd):
     "L9: clients act on them"
     monkeypatch.setattr(chibishim, "MAX_EVENTS", 4)
-    shim = chibishim.Shim({"namespace": "test", "address": "/none"}, None, "", "/")
+    shim = chibishim.Shim({"namespace": "test", "address": "/none", "id": "c"}, None, "", "/")
     for number in range(4):
         shim.publish("/tasks/exit", "TaskExit", {"container_id": "c%d" % number})
         shim.publish("/tasks/delete", "TaskDelete", {"container_id": "c%d" % number})
