@@ -14911,17 +14911,17 @@ class TaskService:
         keep_log(container.bundle)
         try:
             yield from self.set_up(container, request["rootfs"], runtime_options([request["options"]]))
+            container.init.announced = True
         except Exception as error:      # a defect of this module too leaves nothing behind
             yield from self.tear_down(container)
             if not isinstance(error, (ContainerError, ConfigError, OSError)):
                 raise
             raise RpcError(UNKNOWN_ERROR, "create container %s: %s" % (id, reason(error))) from None
         finally:
-            if not container.init.kind:
+            if not container.init.announced:
                 self.forget(container)
             container.made.happen()
         names = container.init.io.names
-        container.init.announced = True
         self.publish("/tasks/create", "TaskCreate", {
             "container_id": id, "bundle": container.bundle, "rootfs": request["rootfs"], "io": names, "pid": container.init.pid})
         self.loop.spawn(self.watch_oom(container))

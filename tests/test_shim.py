@@ -424,6 +424,21 @@ def test_a_restriction_that_is_not_applied_makes_create_fail(bundle):
     bundle.fails(chibishim.NOT_FOUND, "State")
 
 
+def test_a_create_that_fails_when_all_is_ready_leaves_no_container(bundle):
+    "L5: a lower oom_score_adj takes CAP_SYS_RESOURCE, and is the last step"
+    bundle.prefix = [sys.executable, "-c", "import ctypes, os, sys; assert not ctypes.CDLL(None).prctl(%d, %d, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+                     % (chibishim.PR_CAPBSET_DROP, chibishim.CAPABILITIES.index("SYS_RESOURCE"))]
+    bundle.config["process"]["oomScoreAdj"] = -1000
+    bundle.start()
+    assert "oom_score_adj" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+    del bundle.config["process"]["oomScoreAdj"]
+    bundle.command("delete")            # writes the configuration anew
+    assert bundle.create()
+    bundle.call("Delete")
+    bundle.call("Shutdown")
+    until(lambda: not bundle.processes())
+
+
 def test_a_parameter_of_a_network_that_is_the_hosts_makes_create_fail(bundle):
     spaces = bundle.config["linux"]["namespaces"]
     spaces[:] = [dict(space, path="/proc/self/ns/net") if space["type"] == "network" else space for space in spaces]
