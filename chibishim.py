@@ -14639,8 +14639,12 @@ class GrpcClient:
     def flush(self):
         """A task that writes what there is to write."""
         data, self.out = self.out, b""
-        if not (yield from write_all(self.fd, data, time.monotonic() + GRPC_STALL_S)):
-            raise self.error("no byte was taken for %d s", GRPC_STALL_S, code=DEADLINE_EXCEEDED)
+        try:
+            in_time = yield from write_all(self.fd, data, time.monotonic() + GRPC_STALL_S)
+        except OSError as error:        # send_module takes a broken pipe for the child's
+            raise self.error("%s", error.strerror, code=UNAVAILABLE) from None
+        if not in_time:
+            raise self.error("not all was taken in %d s", GRPC_STALL_S, code=DEADLINE_EXCEEDED)
 
     def call(self, method, name, request):
         """A task that sends a request, the message `name`, to a method of containerd.services."""
@@ -14677,8 +14681,12 @@ class GrpcClient:
         if status is None or self.data:
             raise self.error("no gRPC: HTTP status %s, %d more bytes", self.headers.get(":status"), len(self.data))
         if status != "0":
-            raise self.error("%s", unquote(self.headers.get("grpc-message", "")) or "status " + status,
-                             code=int(status) if status.isdigit() else UNKNOWN_ERROR)
+            text = self.headers.get("grpc-message", "")
+            try:
+                text = unquote(text)
+            except ValueError:
+                pass                    # as it is: the gRPC protocol wants it so
+            raise self.error("%s", text or "status " + status, code=int(status) if status.isdigit() else UNKNOWN_ERROR)
         return None
 
     def ask(self, method, name, request, answer):
@@ -14693,7 +14701,10 @@ class GrpcClient:
         """A task that waits for bytes and acts on the frames that they complete."""
         if not (yield readable(self.fd, GRPC_STALL_S)):
             raise self.error("no answer for %d s", GRPC_STALL_S, code=DEADLINE_EXCEEDED)
-        data = os.read(self.fd, COPY_BYTES)
+        try:
+            data = os.read(self.fd, COPY_BYTES)
+        except ConnectionResetError:
+            data = b""
         if not data:
             raise self.error("the connection was closed", code=UNAVAILABLE)
         self.buffer += data

@@ -314,6 +314,7 @@ MISBEHAVIOUR = {
     "a message that is none": lambda stream: http2_frame(0, 0, stream, b"\0\0\0\0\1\xff"),
     "no message": lambda stream: http2_frame(1, 5, stream, OK_TRAILERS), "no status": lambda stream: http2_frame(1, 5, stream, b"\x8e"),
     "all padding": lambda stream: http2_frame(0, 8, stream, b"\5abcd"), "no padding length": lambda stream: http2_frame(0, 8, stream, b""),
+    "a message with a bare percent": lambda stream: http2_frame(1, 5, stream, chibishim.header_block([("grpc-status", "5"), ("grpc-message", "100%!")])),
     "a dynamic table": lambda stream: http2_frame(1, 5, stream, b"\xbe"),
     "endless headers": lambda stream: http2_frame(1, 0, stream, bytes(16000)) + http2_frame(9, 0, stream, bytes(16000)) * 5,
     "nothing": b"", "frames of no type": http2_frame(99, 255, 3, b"x") * 100,
@@ -339,6 +340,22 @@ def test_whatever_is_answered_it_ends(store, monkeypatch, capfd, name, answer):
 def test_a_layer_that_breaks_off_is_an_error(store, monkeypatch, name):
     monkeypatch.setattr(chibishim, "GRPC_STALL_S", 0.3)
     store().bad[4] = MISBEHAVIOUR[name]
+    with pytest.raises(chibishim.ContainerError, match="layer sha256"):
+        fetch(store.path)
+
+
+@pytest.mark.parametrize("how", ["SHUT_WR", "SHUT_RD"], ids=["when it is asked for", "when it is waited for"])
+def test_a_layer_whose_connection_is_closed_is_an_error(store, monkeypatch, how):
+    "the broken pipe is not the child's, which waits"
+    find_layer = chibishim.find_layer
+
+    def find_and_close(client, id):
+        layer = yield from find_layer(client, id)
+        with socket.socket(fileno=os.dup(client.fd)) as ours:
+            ours.shutdown(getattr(socket, how))
+        return layer
+    monkeypatch.setattr(chibishim, "find_layer", find_and_close)
+    store()
     with pytest.raises(chibishim.ContainerError, match="layer sha256"):
         fetch(store.path)
 
