@@ -14980,6 +14980,8 @@ class TaskService:
             process.io.resize((size.get("width") or 0) & 0xFFFF, (size.get("height") or 0) & 0xFFFF)
         if process.io.names["stdout"].startswith("binary://"):
             yield from start_logger(process.io, container.id, self.namespace, self.children)
+            if process.exited.set:      # by dispose
+                raise ContainerError("deleted before it ran")
         process.io.open(own_terminal(container.config, spec))
 
     def make_cgroup(self, container, userns):
@@ -15226,10 +15228,8 @@ class TaskService:
             yield from self.abort(container)
         container, process = self.find(request, "Delete")
         if process.id:
-            if process.state == CREATED and process.pid:
-                yield from self.kill_and_wait(process)
+            yield from self.dispose(process)
             container.execs.pop(process.id, None)
-            process.close(self.loop)
             if process.io.logger:
                 yield from end_logger(process.io)
             return {"pid": process.pid, "exit_status": process.exit_status, "exited_at": process.exited_at}
@@ -15254,18 +15254,19 @@ class TaskService:
         if not self.containers:
             self.vacant.happen()
 
-    def kill_and_wait(self, process):
-        """SIGKILL, and until the process is reaped."""
-        send_signal(process, SIGKILL)
-        yield process.exited, 10
+    def dispose(self, process):
+        """Ends a process, if it is there, and all that belongs to it; whoever waits for it hears so."""
+        if process.pid and not process.exited.set:
+            send_signal(process, SIGKILL)
+            yield process.exited, 10
+        process.io.close(self.loop)
+        process.close(self.loop)
+        process.exited.happen()         # of an exec that never ran, too
 
     def tear_down(self, container):
         """Undoes set_up as far as it came: process, cgroup, mounts, descriptors."""
         for process in [container.init] + list(container.execs.values()):
-            if process.pid and not process.exited.set:
-                yield from self.kill_and_wait(process)
-            process.io.close(self.loop)
-            process.close(self.loop)
+            yield from self.dispose(process)
         if container.oom >= 0:
             self.loop.close(container.oom)
             container.oom = -1
@@ -15301,6 +15302,8 @@ class TaskService:
     def Wait(self, request):
         process = self.container(request["id"]).process(request["exec_id"])
         yield process.exited, None
+        if not process.exited_at:
+            raise RpcError(NOT_FOUND, "process %s: deleted before it ran" % process.id)
         return {"exit_status": process.exit_status, "exited_at": process.exited_at}
 
     def Connect(self, request):

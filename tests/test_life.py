@@ -710,6 +710,41 @@ def test_a_container_is_deleted_once(bundle, heard):
     assert heard.topics(bundle.id).count("delete") == 1
 
 
+def test_an_exec_that_is_deleted_while_it_waits_for_its_logger_does_not_run(bundle):
+    "L5: nobody could kill it"
+    path = os.path.join(bundle.directory, "logger")
+    with open(path, "w") as file:
+        file.write("#!/bin/sh\nsleep 0.5; exec 5>&-\ncat <&3; cat <&4\n")
+    os.chmod(path, 0o755)
+    bundle.start().create()
+    bundle.call("Start")
+    before = bundle.processes()
+    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"), stdout="binary://" + path, stderr="binary://" + path)
+    start = bundle.send("Start", {"id": bundle.id, "exec_id": "x"})
+    delete = bundle.send("Delete", {"id": bundle.id, "exec_id": "x"})
+    answers = dict(bundle.receive() for _ in range(2))
+    assert decode("DeleteResponse", chibishim.response_payload(answers[delete]))["pid"] == 0
+    with pytest.raises(RpcError, match="deleted before it ran"):
+        chibishim.response_payload(answers[start])
+    assert bundle.processes() == before
+    bundle.call("Kill", signal=signal.SIGKILL)
+    bundle.call("Wait")
+    bundle.call("Delete")
+
+
+@pytest.mark.parametrize("deleted", ["x", ""], ids=["exec", "container"])
+def test_a_wait_for_an_exec_that_never_runs_ends_when_it_is_deleted(bundle, deleted):
+    bundle.start().create()
+    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"))
+    wait = bundle.send("Wait", {"id": bundle.id, "exec_id": "x"})
+    delete = bundle.send("Delete", {"id": bundle.id, "exec_id": deleted})
+    answers = dict(bundle.receive() for _ in range(2))
+    with pytest.raises(RpcError) as caught:
+        chibishim.response_payload(answers[wait])
+    assert caught.value.args[0] == chibishim.NOT_FOUND
+    chibishim.response_payload(answers[delete])
+
+
 def test_a_pause_that_does_not_take_hold_is_an_error():
     "L3: of which no event tells, and all processes go on"
     class Stubborn:
