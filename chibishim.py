@@ -10904,10 +10904,13 @@ def log(text):
 
 
 def log_exception():
-    """The traceback of the exception that is being handled."""
-    import traceback
-    for line in traceback.format_exc().splitlines():
-        log(line)
+    """Where in this module the exception that is being handled was raised, and what it is. By nothing that is
+    still to be imported: there may be no descriptor left."""
+    _, error, place = sys.exc_info()
+    while place:
+        log("line %d, in %s" % (place.tb_lineno, place.tb_frame.f_code.co_name))
+        place = place.tb_next
+    log("%s: %s" % (error.__class__.__name__, error))
 
 
 # === 19. OCI configuration ====================================================
@@ -14168,7 +14171,7 @@ class Stdio:
         self.console = self.child_console = -1      # a pair of sockets: the child sends its own terminal's master
         self.copied = Event()           # the terminal's output has been copied
         self.log_ends = []              # the pipes to a logger, before open: for stdout, for stderr
-        self.logger = None              # (pidfd, Event of its end)
+        self.logger = None              # (pid, Event of its end)
 
     def open(self, own_terminal=False):
         """Opens everything, a terminal too unless the child brings its own; the error names the stream."""
@@ -14428,28 +14431,28 @@ def start_logger(io, id, namespace, children):
     words = logger_words(io.names["stdout"])
     if not os.access(words[0], os.X_OK):
         raise ContainerError("log %s: no such program" % words[0])
-    pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
-    theirs, ours = [pipes[0][0], pipes[1][0], pipes[2][1]], [pipes[0][1], pipes[1][1], pipes[2][0]]
-    pid = fork_program(words[0], words, {"CONTAINER_ID": id, "CONTAINER_NAMESPACE": namespace}, [0, 1, 2] + theirs)
-    for fd in theirs:
+    for _ in range(3):
+        io.log_ends += os.pipe2(os.O_CLOEXEC)           # closed with the rest of io, should this fail
+    out, our_out, err, our_err, ready, their_ready = io.log_ends
+    pid = fork_program(words[0], words, {"CONTAINER_ID": id, "CONTAINER_NAMESPACE": namespace}, [0, 1, 2, out, err, their_ready])
+    for fd in (out, err, their_ready):
         os.close(fd)
     ended = Event()
     children[pid] = lambda code: ended.happen()
-    io.log_ends, io.logger = ours[:2], (os.pidfd_open(pid), ended)
-    ready = yield readable(ours[2], LOGGER_READY_S)
-    os.close(ours[2])
-    if not ready:
+    io.log_ends, io.logger = [our_out, our_err], (pid, ended)
+    in_time = yield readable(ready, LOGGER_READY_S)
+    os.close(ready)
+    if not in_time:
         raise ContainerError("log %s: not ready after %d s; it should close descriptor 5" % (words[0], LOGGER_READY_S))
 
 
 def end_logger(io):
     """A task that waits for the logger: its pipes are closed. It may write for a while, not for ever."""
-    import _signal
-    (pidfd, ended), io.logger = io.logger, None         # now, as an exec's Delete and init's may both come here
+    (pid, ended), io.logger = io.logger, None           # now, as an exec's Delete and init's may both come here
     for signal, seconds in ((SIGTERM, LOGGER_END_S), (SIGKILL, 1)):
-        if not (yield ended, seconds):
-            _signal.pidfd_send_signal(pidfd, signal)
-    os.close(pidfd)
+        yield ended, seconds
+        if not ended.set:               # which may be so since the time was over
+            os.kill(pid, signal)
 
 
 class Container:
@@ -15801,17 +15804,23 @@ def to_json(value):
 
 
 def spawn_hook(hook, state):
-    """Forks a hook; returns (pid, pidfd, what it writes to stderr). Its stdin is the state;
-    both are files without a name."""
-    fd, errors = os.memfd_create("state", 0), os.memfd_create("stderr", 0)
-    os.write(fd, to_json(state).encode())
-    os.lseek(fd, 0, SEEK_SET)
-    null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
-    pid = fork_program(hook["path"], hook.get("args") or [hook["path"]],
-                       dict(pair.split("=", 1) for pair in hook.get("env") or () if "=" in pair), [fd, null, errors])
-    os.close(fd)
-    os.close(null)
-    return pid, os.pidfd_open(pid), errors
+    """Forks a hook; returns (pid, what it writes to stderr). Its stdin is the state; both are files
+    without a name."""
+    fds = []                            # its stdin, stdout, stderr
+    try:
+        fds.append(os.memfd_create("state", 0))
+        os.write(fds[0], to_json(state).encode())
+        os.lseek(fds[0], 0, SEEK_SET)
+        fds.append(os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC))
+        fds.append(os.memfd_create("stderr", 0))
+        pid = fork_program(hook["path"], hook.get("args") or [hook["path"]],
+                           dict(pair.split("=", 1) for pair in hook.get("env") or () if "=" in pair), fds)
+        return pid, fds.pop()
+    except OSError as error:
+        raise ContainerError("hook %s: %s" % (hook["path"], error.strerror)) from None
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def check_hook(hook, point, code, errors):
@@ -15827,7 +15836,7 @@ def check_hook(hook, point, code, errors):
 
 def run_hook(hook, container, state, point, children):
     """A task of the shim's loop that runs one hook."""
-    pid, pidfd, errors = spawn_hook(hook, hook_state(container, state, container.init.pid))
+    pid, errors = spawn_hook(hook, hook_state(container, state, container.init.pid))
     container.hook = pid
     done = Event()
     result = []
@@ -15837,12 +15846,11 @@ def run_hook(hook, container, state, point, children):
         result.append(code)
         done.happen()
     children[pid] = ended
-    in_time = yield done, hook.get("timeout") or None
-    if not in_time:
+    yield done, hook.get("timeout") or None
+    if not done.set:                    # which may be so since the time was over
         os.kill(pid, SIGKILL)
         yield done, None
         result[:] = [None]
-    os.close(pidfd)
     check_hook(hook, point, result[0], errors)
 
 
@@ -15850,7 +15858,8 @@ def run_hooks_here(container, point, pid):
     """Runs the hooks of a point where there is no loop: in the child, and in `delete`."""
     state = hook_state(container, {"startContainer": "created", "poststop": "stopped"}.get(point, "creating"), pid)
     for hook in (container.config.get("hooks") or {}).get(point) or ():
-        child, pidfd, errors = spawn_hook(hook, state)
+        child, errors = spawn_hook(hook, state)
+        pidfd = os.pidfd_open(child)
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         in_time = poll.poll(min(hook["timeout"], MAX_WAIT_S) * 1000 if hook.get("timeout") else None)
@@ -16375,7 +16384,8 @@ class Shim:
         done = Event()
         codes = []
         self.tasks.children[pid] = lambda code: (codes.append(code), done.happen())
-        if not (yield done, EVENT_TIMEOUT_S):
+        yield done, EVENT_TIMEOUT_S
+        if not done.set:                # which may be so since the time was over
             os.kill(pid, SIGKILL)
             yield done, None
         return codes == [0]

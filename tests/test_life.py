@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import select
 import shutil
@@ -18,7 +19,7 @@ import chibishim
 from chibishim import RpcError, decode, encode
 from conftest import ROOT, until
 from containerd import MODULES
-from test_shim import Bundle, bundle, needs_busybox         # noqa: F401 (a fixture)
+from test_shim import Bundle, bundle, logger_of, needs_busybox          # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of a task's life is tested")
 
@@ -712,14 +713,11 @@ def test_a_container_is_deleted_once(bundle, heard):
 
 def test_an_exec_that_is_deleted_while_it_waits_for_its_logger_does_not_run(bundle):
     "L5: nobody could kill it"
-    path = os.path.join(bundle.directory, "logger")
-    with open(path, "w") as file:
-        file.write("#!/bin/sh\nsleep 0.5; exec 5>&-\ncat <&3; cat <&4\n")
-    os.chmod(path, 0o755)
+    logger = logger_of(bundle, "sleep 0.5; exec 5>&-\ncat <&3; cat <&4\n")
     bundle.start().create()
     bundle.call("Start")
     before = bundle.processes()
-    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"), stdout="binary://" + path, stderr="binary://" + path)
+    bundle.call("Exec", exec_id="x", spec=process_of(bundle, "z"), stdout=logger, stderr=logger)
     start = bundle.send("Start", {"id": bundle.id, "exec_id": "x"})
     delete = bundle.send("Delete", {"id": bundle.id, "exec_id": "x"})
     answers = dict(bundle.receive() for _ in range(2))
@@ -745,6 +743,18 @@ def test_a_wait_for_an_exec_that_never_runs_ends_when_it_is_deleted(bundle, dele
     chibishim.response_payload(answers[delete])
 
 
+def test_a_hook_that_ends_as_its_time_is_over_has_ended(bundle):
+    """Its pid may be another process's."""
+    container, children = chibishim.Container("c", bundle.path), {}
+    container.init = chibishim.Process("", None)
+    task = chibishim.run_hook({"path": "/bin/true", "timeout": 1}, container, "stopped", "poststop", children)
+    next(task)
+    pid, ended = children.popitem()
+    ended(os.waitpid(pid, 0)[1])
+    with pytest.raises(StopIteration):
+        task.send(False)
+
+
 def test_a_pause_that_does_not_take_hold_is_an_error():
     "L3: of which no event tells, and all processes go on"
     class Stubborn:
@@ -765,8 +775,15 @@ def test_a_pause_that_does_not_take_hold_is_an_error():
     assert (Stubborn.asked, events, service.container("c").state(container.init)) == ([True, False], [], chibishim.RUNNING)
 
 
-def test_a_shim_without_descriptors_loses_none_and_waits(bundle):
-    "L5, T7: each Create that found none had lost two, and connections that could not be accepted kept it busy"
+@pytest.mark.parametrize("more", ["hooks", "logger", ""])
+def test_a_shim_without_descriptors_loses_none_and_waits(bundle, more):
+    """L5, L12, T7: each Create that found none had lost two, and connections that could not be accepted kept
+    it busy; where it was a hook that failed, the shim had died."""
+    streams = {}
+    if more == "hooks":
+        bundle.config["hooks"] = {point: [{"path": "/bin/true"}] for point in ("createRuntime", "poststop")}
+    if more == "logger":
+        streams["stdout"] = streams["stderr"] = logger_of(bundle, "exec 5>&-\ncat <&3; cat <&4\n")
     bundle.start().fails(chibishim.NOT_FOUND, "State")          # the connection is accepted
     shim, = bundle.processes()
     hard = resource.prlimit(shim, resource.RLIMIT_NOFILE)[1]
@@ -775,9 +792,9 @@ def test_a_shim_without_descriptors_loses_none_and_waits(bundle):
     for further in range(24):
         resource.prlimit(shim, resource.RLIMIT_NOFILE, (max(held) + 1 + further, hard))
         try:
-            bundle.create()
+            bundle.call("Create", bundle=bundle.path, **streams)
         except RpcError as error:
-            assert os.strerror(errno.EMFILE) in error.args[1]
+            assert re.search(os.strerror(errno.EMFILE) + "|hook /bin/true: exit status 127", error.args[1])
             failures += 1
         else:
             bundle.call("Delete")
