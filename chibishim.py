@@ -15182,9 +15182,7 @@ class TaskService:
         process.state = STOPPED
         process.exit_status, process.exited_at = status, exited_at
         process.io.close(self.loop)
-        if process.pidfd >= 0:
-            os.close(process.pidfd)
-            process.pidfd = -1
+        process.close(self.loop, "pidfd")
         if self.containers.get(container.id) is container and process.announced:
             self.publish("/tasks/exit", "TaskExit", {
                 "container_id": container.id, "id": process.id or container.id, "pid": process.pid,
@@ -15321,7 +15319,7 @@ class TaskService:
         leaders = {process.pid: process.id for process in container.execs.values()}
         answer = [{"pid": pid, "info": any_of("containerd.runc.v1.ProcessDetails", "ProcessDetails", {"exec_id": leaders[pid]})
                    if pid in leaders else None} for pid in pids]
-        return {"processes": answer or [{"pid": container.init.pid or os.getpid()}]}
+        return {"processes": answer or [{"pid": container.init.pid}]}
 
     def Stats(self, request):
         container, _ = self.find(request, "Stats")
@@ -15632,7 +15630,7 @@ def send_signal(process, signal):
     try:
         _signal.pidfd_send_signal(process.pidfd, signal)
         return True
-    except (ProcessLookupError, OSError):
+    except OSError:
         return False
 
 
@@ -16312,8 +16310,6 @@ class Shim:
             log_exception()
             body = error_frame(stream, INTERNAL, "%s: %s: %s" % (method, error.__class__.__name__, error))
         connection.send(body)
-        return
-        yield
 
     def publish(self, topic, name, message):
         """Queues an event; the oldest one but exits goes when the queue is full."""
