@@ -14276,45 +14276,39 @@ class Stdio:
         if self.stdin >= 0:
             loop.spawn(self.copy_stdin(loop))
         if self.master >= 0:
-            loop.spawn(self.copy_terminal(loop))
+            loop.spawn(self.copy_terminal())
         else:
             self.copied.happen()
 
     def copy_stdin(self, loop):
         """Client to process, until the end of file that CloseIO makes possible."""
-        pieces = 0
-        while self.stdin >= 0 and self.sink >= 0:
-            try:
-                data = os.read(self.stdin, COPY_BYTES)
-                if not data:
-                    break
-                yield from self.write_all("sink", data)
-                pieces += 1
-                if not pieces % PIECES_IN_A_ROW:
-                    yield None, 0
-            except BlockingIOError:
-                yield readable(self.stdin)
-            except OSError:
-                break                   # the process closed its end
+        yield from self.copy_all("stdin", "sink")
         if self.sink >= 0 and self.sink != self.master:
             loop.close(self.sink)
             self.sink = -1
 
-    def copy_terminal(self, loop):
-        """Terminal to client; EIO says that the last process closed its side: pty(7)."""
+    def copy_terminal(self):
+        """Terminal to client, until the last process has closed its side."""
+        yield from self.copy_all("master", "output")
+        self.copied.happen()
+
+    def copy_all(self, source, sink):
+        """A task that copies from one descriptor of ours, by its name, to another, until the first ends, which
+        a terminal tells by EIO (pty(7)), or somebody closes either."""
         pieces = 0
-        while self.master >= 0:
+        while True:
             try:
-                data = os.read(self.master, COPY_BYTES)
-                yield from self.write_all("output", data)
+                data = os.read(getattr(self, source), COPY_BYTES)
+                if not data:
+                    return
+                yield from self.write_all(sink, data)
                 pieces += 1
                 if not pieces % PIECES_IN_A_ROW:
                     yield None, 0
             except BlockingIOError:
-                yield readable(self.master)
+                yield readable(getattr(self, source))
             except OSError:
-                break
-        self.copied.happen()
+                return
 
     def write_all(self, name, data):
         """A task that writes all to a descriptor of ours, by its name: its number may have been
