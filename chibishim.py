@@ -17053,7 +17053,7 @@ containerd calls it with -namespace … -id … start, or delete; -info and -v t
 def tcp_listener(text):
     """The descriptor of a socket that listens at 'address:port'."""
     address, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit():
+    if not colon or not port.isdecimal():
         raise UsageError("--tcplisten %s: write it as ADDRESS:PORT" % text)
     import _socket
     address = address.strip("[]")
@@ -17064,8 +17064,8 @@ def tcp_listener(text):
         listener.listen(128)
     except OSError as error:
         raise OSError(error.errno, error.strerror, "--tcplisten " + text) from None
-    except OverflowError as error:
-        raise UsageError("--tcplisten %s: %s" % (text, error)) from None
+    except (OverflowError, TypeError, ValueError) as error:     # no such port; no name of a host; too many digits
+        raise UsageError("--tcplisten %s: %s" % (text[:100], error)) from None
     return listener.detach()
 
 

@@ -1020,7 +1020,9 @@ def test_a_missing_module_is_named(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (["--dir", "/absent"], b"/absent: No such file"), (["--dir", "a::b::rw"], b"HOST::GUEST::ro"), (["--dir", "/proc"], b"/proc: "),
-    (["--tcplisten", "8080"], b"ADDRESS:PORT"), (["--tcplisten", "localhost:99999"], b"99999"), (["--env", "X"], b"--env X")])
+    (["--tcplisten", "8080"], b"ADDRESS:PORT"), (["--tcplisten", "localhost:99999"], b"99999"),
+    (["--tcplisten", "localhost:" + "9" * 5000], b"--tcplisten"), (["--tcplisten", "localhost:²"], b"ADDRESS:PORT"),
+    (["--tcplisten", "\udcff:80"], b"hostname"), (["--env", "X"], b"--env X")])
 def test_options_that_cannot_be_honoured_are_errors(wat, tmp_path, options, message):
     done = run(wat(WRITE_HELLO % ""), options=options, tmp_path=tmp_path)
     assert done.returncode in (1, 2) and message in done.stderr and b"Traceback" not in done.stderr and not done.stdout
