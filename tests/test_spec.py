@@ -1,5 +1,7 @@
 """The official suite (security.md I1), and the table against facts of the specification."""
 
+import subprocess
+
 import pytest
 
 import run_spec
@@ -37,14 +39,16 @@ def one_instruction(row):
     is checked by the assembler, which knows the specification and not our table."""
     params, results = (" ".join(TYPE_NAMES[TYPE_LETTERS[letter]] for letter in part) for part in row[3].split(":"))
     operands = " ".join("(local.get %d)" % index for index in range(len(row[3].partition(":")[0])))
-    name = row[1].replace("relaxed_dot", "dot")         # its name when wabt 1.0.32 was made
-    return "(func (param %s) (result %s) (%s%s %s))" % (params, results, name, " 0" if "lane" in row[2] else "", operands)
+    return "(func (param %s) (result %s) (%s%s %s))" % (params, results, row[1], " 0" if "lane" in row[2] else "", operands)
 
 
 def test_regular_instructions_have_the_opcodes_and_types_that_wabt_knows(wat):
-    rows = regular_rows()
-    module = Module(wat("(module (memory 1 1 shared) %s)" % "\n".join(map(one_instruction, rows)), "--enable-threads",
-                        "--enable-relaxed-simd"))
+    rows, options = regular_rows(), ("--enable-threads", "--enable-relaxed-simd")
+    text = "(module (memory 1 1 shared) %s)" % "\n".join(map(one_instruction, rows))
+    try:
+        module = Module(wat(text, *options))
+    except subprocess.CalledProcessError:
+        module = Module(wat(text.replace("relaxed_dot", "dot"), *options))      # the name in wabt 1.0.32, Debian 12's
     for row, body in zip(rows, module.bodies):
         reader = Disassembler(module, body)
         reader.byte()                   # no locals
