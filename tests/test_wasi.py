@@ -17,7 +17,7 @@ import time
 import pytest
 import run_programs
 import run_wasi
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, until
 
 import chibishim
 from chibishim import RIGHTS, WASI_ERRNO, rights
@@ -1177,15 +1177,14 @@ def test_a_listening_socket_by_the_command_line(wat, tmp_path):
       (func (export "_start") (drop (call $accept (i32.const 3) (i32.const 0) (i32.const 8)))
         (drop (call $send (i32.load (i32.const 8)) (i32.const 0) (i32.const 1) (i32.const 0) (i32.const 12)))))"""
     process = subprocess.Popen(command(wat(text), options=["--tcplisten=127.0.0.1:%d" % port], tmp_path=tmp_path))
-    for _ in range(200):
-        try:
-            peer = socket.create_connection(("127.0.0.1", port))
-            break
-        except ConnectionRefusedError:
-            time.sleep(0.05)
-    with peer:
-        assert peer.recv(100) == b"Hello"
-    assert process.wait(20) == 0
+    try:
+        with socket.socket() as peer:
+            until(lambda: peer.connect_ex(("127.0.0.1", port)) == 0)
+            assert peer.recv(100) == b"Hello"
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 # -- the official suite and real programs: some of `make wasi` and `make programs` --
