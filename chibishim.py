@@ -12646,11 +12646,20 @@ def delegate_controllers(path):
         path = directory_of(path)
         parts.append(path)
     for parent in reversed(parts):
-        for name in read_text(join_path(parent, "cgroup.controllers"), "").split():
-            try:
-                write_text(join_path(parent, "cgroup.subtree_control"), "+" + name)
-            except OSError:
-                pass                    # in use by processes here, say; limit() reports what is missing
+        words = ["+" + name for name in read_text(join_path(parent, "cgroup.controllers"), "").split()]
+        if not enable_controllers(parent, " ".join(words)):         # at once, as each write takes its time
+            for word in words:
+                enable_controllers(parent, word)
+
+
+def enable_controllers(directory, words):
+    """Enables all of them, or none and returns False: one is in use by processes there, say, and limit()
+    reports what is missing."""
+    try:
+        write_text(join_path(directory, "cgroup.subtree_control"), words)
+    except OSError:
+        return False
+    return True
 
 
 def cgroup_mounts(table):

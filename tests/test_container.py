@@ -1,5 +1,6 @@
 """Chapters 19 to 22: what becomes of config.json, of cgroups and of the container's process."""
 
+import errno
 import json
 import os
 import random
@@ -1248,6 +1249,22 @@ def test_a_group_is_where_systemd_puts_it_and_a_scope_if_systemd_runs(path, boot
 def test_a_hierarchy_has_its_controllers_and_no_options_of_its_mount(options, names):
     line = "30 25 0:26 / /sys/fs/cgroup/x ro,nosuid shared:9 - cgroup cgroup " + options
     assert chibishim.cgroup_mounts([chibishim.MountEntry(line)]) == dict.fromkeys(names, "/sys/fs/cgroup/x")
+
+
+@pytest.mark.parametrize("refused, written", [("", ["+cpu +memory +pids"]), ("+memory", ["+cpu", "+pids"])])
+def test_controllers_are_enabled_at_once_or_all_that_can_be(tmp_path, monkeypatch, refused, written):
+    (tmp_path / "pod").mkdir()
+    (tmp_path / "cgroup.controllers").write_text("cpu memory pids\n")
+    texts = []
+
+    def write(path, text):
+        assert path == str(tmp_path / "cgroup.subtree_control")
+        if refused and refused in text:
+            raise OSError(errno.EBUSY, "refused")
+        texts.append(text)
+    monkeypatch.setattr(chibishim, "write_text", write)
+    chibishim.delegate_controllers(str(tmp_path / "pod"))
+    assert texts == written
 
 
 @pytest.mark.parametrize("path", ["a.slice:..:../x", "../../x", "/", "a/../b", "a:x:1", "/a.slice:x:1"])
