@@ -12518,8 +12518,8 @@ class MeasuredCgroup(Cgroup):
             names = sorted(os.listdir(self.file("hugetlb", "")))
         except OSError:
             return []                   # removed meanwhile
-        words = [name[:-len(suffix)].split(".") for name in names if name.endswith(suffix)]
-        return [size for kind, *size in words if kind == "hugetlb" for size in size[:len(size) == 1]]
+        words = [name[:-len(suffix)].split(".") for name in names if name.startswith("hugetlb.") and name.endswith(suffix)]
+        return [size[1] for size in words if len(size) == 2]        # hugetlb.2MB, and not hugetlb.2MB.rsvd
 
     def rdma_metrics(self):
         """RdmaStat, of lines 'device hca_handle=2 hca_object=2000'."""
