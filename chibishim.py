@@ -13939,16 +13939,14 @@ def map_descriptor(fd):
 
 
 def reset_signals():
-    """Every signal as a fresh process has it, none blocked. The guest's orphans are reaped
-    by the kernel: nobody in a Wasm container would."""
+    """Every signal as a fresh process has it, none blocked."""
     import _signal
     _signal.set_wakeup_fd(-1)
     for number in range(1, 65):
-        if number not in (SIGKILL, 19, 32, 33):
-            try:
-                _signal.signal(number, _signal.SIG_DFL)
-            except (OSError, ValueError):
-                pass
+        try:
+            _signal.signal(number, _signal.SIG_DFL)
+        except OSError:
+            pass                        # KILL, STOP, and those that are the C library's
     _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
 
 
