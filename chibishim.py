@@ -13849,16 +13849,16 @@ def find_program(name, environment, cwd):
             fd = open_program(candidate)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR) or "/" in name:
-                problem = problem or error
+                problem = problem or error.errno
             continue
         if os.fstat(fd).st_mode & 0o170000 == 0o100000:
             return candidate, fd
         os.close(fd)
-        problem = OSError(errno.EACCES, "is a directory" if is_directory(candidate) else "permission denied")
+        problem = errno.EACCES          # a directory, say
     if problem is None:
         raise ContainerError('exec: "%s": executable file not found in $PATH' % name)
-    raise ContainerError('exec: "%s": %s%s' % (name, "stat %s: " % candidates[0] if problem.errno == errno.ENOENT else "",
-                                               os.strerror(problem.errno).lower()))
+    raise ContainerError('exec: "%s": %s%s' % (name, "stat %s: " % candidates[0] if problem == errno.ENOENT else "",
+                                               os.strerror(problem).lower()))
 
 
 def open_payload(process):
