@@ -12417,9 +12417,7 @@ class LimitedCgroup(Cgroup):
                 return
             raise ConfigError("config.json: linux.resources.devices: no cgroup controller devices here")
         for rule in rules:
-            for kind in "bc" if rule.get("type") in (None, "", "a") and not is_all(rule) else (rule.get("type") or "a",):
-                text = "a" if is_all(rule) else "%s %s:%s %s" % (
-                    kind, number(rule.get("major")), number(rule.get("minor")), rule.get("access") or "rwm")
+            for text in version1_rules(rule):
                 self.write_device(text, rule.get("allow"))
         for text in DEVICE_RULES:
             self.write_device(text, True)
@@ -12600,10 +12598,15 @@ def check_device_rule(rule, where):
         raise ConfigError("%s: no device has such a number" % where)
 
 
-def is_all(rule):
-    """Whether a device rule concerns every device and every access."""
-    return (rule.get("type") in (None, "", "a") and number(rule.get("major")) == number(rule.get("minor")) == "*"
-            and set(rule.get("access") or "rwm") == set("rwm"))
+def version1_rules(rule):
+    """A device rule as lines of version 1's list, where "a" is every device and every access, whatever follows it."""
+    kinds, access = rule.get("type") or "a", rule.get("access") or "rwm"
+    place = "%s:%s" % (number(rule.get("major")), number(rule.get("minor")))
+    if kinds == "a":
+        if place == "*:*" and set(access) == set("rwm"):
+            return ["a"]
+        kinds = "bc"
+    return ["%s %s %s" % (kind, place, access) for kind in kinds]
 
 
 def device_number(item):

@@ -294,6 +294,13 @@ def test_the_kernel_takes_the_program_of_device_rules(group, rules):
     chibishim.attach_device_program(group, rules)
 
 
+@pytest.mark.parametrize("rule, lines", [
+    (DENY_ALL, ["a"]), ({"type": "a", "major": -1, "minor": -1}, ["a"]), ({"access": "mw"}, ["b *:* mw", "c *:* mw"]),
+    ({"type": "a", "major": 7}, ["b 7:* rwm", "c 7:* rwm"]), ({"type": "c", "major": 1, "minor": 0, "access": "r"}, ["c 1:0 r"]), ({"type": "b"}, ["b *:* rwm"])])
+def test_version_1_has_a_line_for_everything_and_lines_for_either_type(rule, lines):
+    assert chibishim.version1_rules(rule) == lines
+
+
 @pytest.mark.parametrize("version", ["devices", ""])
 @pytest.mark.parametrize("rule, field", [
     ({"type": "z"}, "type"), ({"type": "p"}, "type"), ({"access": "rx"}, "access"), ({"type": "c", "minor": 1 << 31}, "number")])
