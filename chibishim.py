@@ -12313,7 +12313,7 @@ class LimitedCgroup(Cgroup):
         for name, value in sorted((resources.get("unified") or {}).items()):
             if "/" in name or "" not in self.directories:
                 raise ConfigError("config.json: linux.resources.unified: %s needs cgroup version 2" % name)
-            write_text(join_path(self.directories[""], name), value)
+            write_text(self.need("unified", "", name), value)
 
     def need(self, field, controller, *names):
         """find; ConfigError if none is there."""

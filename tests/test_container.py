@@ -836,6 +836,12 @@ def test_a_limit_is_written_or_refused_by_name(tmp_path, resources, version1, ve
         assert not wanted or (tmp_path / wanted[0]).read_text() == wanted[1]
 
 
+def test_a_file_of_version_2_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(chibishim.ConfigError, match=r"linux\.resources\.unified: .* no memory.hihg;"):
+        pretended(tmp_path, 2).limit({"unified": {"memory.hihg": "4096"}})
+    assert not (tmp_path / "memory.hihg").exists()
+
+
 def test_the_scheduler_bfq_has_weights_of_its_own(tmp_path):
     group = pretended(tmp_path, 2)
     (tmp_path / "io.bfq.weight").write_text("")
