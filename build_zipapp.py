@@ -46,6 +46,8 @@ STAGES = (
 # where it is called: the table of instructions has such expressions.
 COMPILE = """
 import ast, dis, importlib.util, marshal, re, sys
+if sys.version_info < (3, 10):
+    sys.exit("CPython 3.10 or later is needed, and this is " + sys.version.split()[0])
 stages = [(("main",), ())] + list(ast.literal_eval(sys.argv[1]))
 
 def names(code):
@@ -186,8 +188,12 @@ def compile_with(python, source):
 
 
 def default_python():
-    """The interpreter of the shebang: Debian's, whatever comes first in PATH here."""
-    return "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else os.path.realpath(sys.executable)
+    """The interpreter of the shebang: the system's, whatever comes first in PATH here, or this one, if that is too old."""
+    for python in "/usr/bin/python3", os.path.realpath(sys.executable):
+        recent = "import sys; sys.exit(sys.version_info < (3, 10))"
+        if os.path.exists(python) and not subprocess.run([python, "-IS", "-c", recent]).returncode:
+            return python
+    sys.exit("build_zipapp: CPython 3.10 or later is needed, and this is %s; name one with --python" % sys.version.split()[0])
 
 
 def build(output, python, compilers, required):
@@ -237,17 +243,18 @@ def add(archive, name, data, method=zipfile.ZIP_STORED):
 def main():
     parser = argparse.ArgumentParser(description="Builds the shim, an executable zip archive.")
     parser.add_argument("--output", default=os.path.join(HERE, "dist", NAME))
-    parser.add_argument("--python", default=default_python(), help="interpreter of the shebang (default: %(default)s)")
+    parser.add_argument("--python", help="interpreter of the shebang (default: /usr/bin/python3, or this one, if that is older than 3.10)")
     parser.add_argument("--compile-for", action="append", metavar="PYTHON", help="ship compiled code for this Python only (repeatable)")
     parser.add_argument("--no-compile", action="store_true", help="ship source only")
     options = parser.parse_args()
+    python = options.python or default_python()
     compilers = [] if options.no_compile else options.compile_for or candidates()
     try:
-        done = build(options.output, options.python, compilers, bool(options.compile_for))
+        done = build(options.output, python, compilers, bool(options.compile_for))
     except OSError as error:
         sys.exit("build_zipapp: %s" % error)
     print("%s: %d bytes, #!%s -IS, compiled for %s" % (
-        os.path.relpath(options.output), os.path.getsize(options.output), options.python, ", ".join(done) or "no Python: runs from source"))
+        os.path.relpath(options.output), os.path.getsize(options.output), python, ", ".join(done) or "no Python: runs from source"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from conftest import ROOT
 import build_zipapp
 
 
-
 def pythons():
     """The interpreters at hand; what PATH finds may be a script that starts one."""
     found = []
@@ -112,6 +111,18 @@ def test_a_closed_stdout_leaves_the_exit_status_alone(tmp_path):
 def test_the_interpreter_can_be_named(tmp_path):
     shim = build(tmp_path / "shim", "--python", "/opt/python/bin/python3", "--no-compile")
     assert shim.read_bytes().startswith(b"#!/opt/python/bin/python3 -IScimport ")
+
+
+@pytest.mark.parametrize("old", [["/usr/bin/python3"], ["/usr/bin/python3", os.path.realpath(sys.executable)]], ids=["one", "both"])
+def test_a_python_that_is_too_old_is_not_named_by_default(monkeypatch, old):
+    """As the system's of Red Hat 9, which has later ones beside it."""
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda words: run(["false"] if words[0] in old else words))
+    if len(old) == 1:
+        assert build_zipapp.default_python() == os.path.realpath(sys.executable)
+    else:
+        with pytest.raises(SystemExit, match="name one with --python"):
+            build_zipapp.default_python()
 
 
 def test_the_first_line_fits_every_kernel(tmp_path):
