@@ -100,10 +100,16 @@ def test_a_container_whose_output_nobody_reads_ends(scratch):
 
 
 @needs_root
-def test_a_slow_reader_gets_all_of_a_container_s_output(scratch):
-    with subprocess.Popen(SHIM + ["container", GUEST, "flood"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as command:
+@pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
+def test_a_slow_reader_gets_all_of_a_container_s_output(scratch, blocking):
+    """What did not fit at once was lost, where the shell had left standard output non-blocking."""
+    read, write = os.pipe()
+    os.set_blocking(write, blocking)
+    with subprocess.Popen(SHIM + ["container", GUEST, "flood"], stdin=subprocess.DEVNULL, stdout=write) as command:
+        os.close(write)
         time.sleep(2)
-        assert len(command.stdout.read()) == 10 << 20
+        with open(read, "rb") as output:
+            assert output.read() == bytes(range(256)) * 256 * 160
         assert command.wait(30) == 0
 
 
@@ -179,6 +185,7 @@ def interrupted(scratch, delay, send):
     command = subprocess.Popen(SHIM + ["container", GUEST, "z"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)
     while not os.listdir(scratch):
+        assert command.poll() is None
         time.sleep(0.001)
     time.sleep(delay)
     send(command.pid)
