@@ -51,7 +51,7 @@ class Containerd:
         self.daemon = subprocess.Popen(["containerd", "-c", os.path.join(self.directory, "config.toml")],
                                        stdout=log, stderr=log, env=environment)
         log.close()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while subprocess.run(["ctr", "-a", self.address, "version"], capture_output=True).returncode:
             if self.daemon.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("containerd did not start; see %s/log" % self.directory)
@@ -59,7 +59,7 @@ class Containerd:
 
     def stop(self):
         self.daemon.send_signal(signal.SIGTERM)
-        self.daemon.wait(20)
+        self.daemon.wait(60)
 
     def ctr(self, *words, input=b"", seconds=60, check=False, **options):
         """Runs ctr to its end; returns the CompletedProcess with bytes."""
@@ -116,7 +116,7 @@ class Containerd:
         """Their process ids."""
         return [pid for pid, _ in self.shim_words()]
 
-    def leftovers(self, seconds=5, keep=None, alive=()):
+    def leftovers(self, seconds=15, keep=None, alive=()):
         """What is still there of ended containers, after so long at most: processes, mounts,
         cgroups, bundles. A container `keep` may be there, with its processes `alive`."""
         deadline = time.monotonic() + seconds

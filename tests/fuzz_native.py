@@ -31,7 +31,7 @@ from chibishim import (FUNCREF, I32, I64, F32, F64, V128, FunctionType, Global, 
                        PortableTier, Thrown, Tier, Trap, Unsupported, execute_any)
 
 MODULES_OF_A_WORKER = 200       # memory for code is never given back
-HANG_SECONDS = 20
+HANG_SECONDS = 60
 FUEL = 300                      # calls and rounds of loops in one call from outside
 TYPE_BYTES = {"i": 0x7F, "I": 0x7E, "f": 0x7D, "F": 0x7C, "v": 0x7B, "r": 0x70, "x": 0x69}
 TYPES = {"i": I32, "I": I64, "f": F32, "F": F64, "v": V128, "r": FUNCREF}

@@ -187,7 +187,7 @@ class Soak:
 
     def check(self, ids):
         """Leak, unless nothing of these containers is left and the pod's shim is as it was."""
-        found = self.daemon.leftovers(10, keep=POD, alive=self.pod)
+        found = self.daemon.leftovers(15, keep=POD, alive=self.pod)
         for id in ids:
             path = chibishim.socket_path(chibishim.SOCKET_DIRECTORY, self.daemon.address, "default", id)
             if id in self.unborn and is_dead(path):

@@ -89,7 +89,7 @@ def test_stdin_reaches_the_guest_and_its_end_ends_it(daemon, id):
     ctr = daemon.popen("run", "--rm", "--runtime", RUNTIME, WASM, id, "/guest.wasm", "cat")
     until(lambda: daemon.task_state(id) == "RUNNING")     # ctr 1.6 loses an end that comes before Start
     ctr.stdin.write(b"one line\n" * 1000)
-    output, _ = ctr.communicate(timeout=20)
+    output, _ = ctr.communicate(timeout=60)
     assert (output, ctr.returncode) == (b"one line\n" * 1000, 0)
 
 
@@ -98,7 +98,7 @@ def test_term_ends_a_guest(daemon, id, arguments):
     ctr = daemon.popen("run", "--rm", "--runtime", RUNTIME, WASM, id, "/guest.wasm", *arguments)
     assert ctr.stdout.readline() == b"ready\n"
     daemon.ctr("task", "kill", "-s", "TERM", id, check=True)
-    assert ctr.wait(30) == 128 + signal.SIGTERM
+    assert ctr.wait(60) == 128 + signal.SIGTERM
 
 
 def test_a_detached_task_is_listed_killed_and_removed(daemon, id):

@@ -132,7 +132,7 @@ def joined(bundle):
     second.command("delete")            # writes its configuration
     second.peer, second.reader, second.answers = socket.socket(socket.AF_UNIX), chibishim.FrameReader(), []
     second.stream = -1
-    second.peer.settimeout(20)
+    second.peer.settimeout(60)
     second.peer.connect(bundle.peer.getpeername())
     second.create()
     return second
@@ -409,7 +409,7 @@ def connections_heard(bundle, count):
     peers = []
     for _ in range(count):
         peers.append(socket.socket(socket.AF_UNIX))
-        peers[-1].settimeout(20)
+        peers[-1].settimeout(60)
         peers[-1].connect(bundle.peer.getpeername())
         peers[-1].sendall(chibishim.request_frame(1, "containerd.task.v2.Task", "Connect", b""))
         assert peers[-1].recv(1)

@@ -634,7 +634,7 @@ def test_a_signal_ends_a_native_loop(wat, tier, tmp_path, mode):
                 time.sleep(0.05)
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == -signal.SIGTERM
+        assert process.wait(60) == -signal.SIGTERM
     finally:
         process.kill()
         process.communicate()

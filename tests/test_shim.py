@@ -43,7 +43,7 @@ class Bundle:
         with open(os.path.join(self.path, "config.json"), "w") as file:
             json.dump(self.config, file)
         return subprocess.run([*self.prefix, SHIM, "-namespace", "test", "-address", self.directory + "/none", "-publish-binary", self.publisher,
-                               "-id", self.id, "-bundle", self.path, action], input=data, cwd=self.path, capture_output=True, timeout=20)
+                               "-id", self.id, "-bundle", self.path, action], input=data, cwd=self.path, capture_output=True, timeout=60)
 
     def start(self, data=None):
         """`data` is what start reads; by default parameters without options."""
@@ -51,7 +51,7 @@ class Bundle:
             "instance_id": self.id, "namespace": "test", "socket_dir": self.directory}))
         assert done.returncode == 0 and done.stdout.startswith(b"unix://"), done.stderr
         self.peer = socket.socket(socket.AF_UNIX)
-        self.peer.settimeout(20)
+        self.peer.settimeout(60)
         self.peer.connect(done.stdout.decode()[len("unix://"):])
         self.reader, self.stream, self.answers = chibishim.FrameReader(), -1, []
         return self
@@ -114,7 +114,7 @@ def bundle():
 
 
 def test_info_tells_what_the_runtime_can_do():
-    done = subprocess.run([SHIM, "-info"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+    done = subprocess.run([SHIM, "-info"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     info = decode("RuntimeInfo", done.stdout)
     assert (info["name"], done.stderr) == ("io.containerd.chibiwasm.v1", b"")
     features = json.loads(info["features"]["value"])
@@ -205,7 +205,7 @@ def unpivoted(bundle, **linux):
     os.mkdir(os.path.join(bundle.path, "rootfs", "tmp"), 0o777)
     bundle.config["linux"].update(linux)
     pid = bundle.start().create(options=NO_PIVOT)
-    return pid, lambda *words: subprocess.run(["nsenter", "-t", str(pid), "-m", "-p", "/busybox", *words], capture_output=True, text=True, timeout=20)
+    return pid, lambda *words: subprocess.run(["nsenter", "-t", str(pid), "-m", "-p", "/busybox", *words], capture_output=True, text=True, timeout=60)
 
 
 @needs_busybox
@@ -236,7 +236,7 @@ print(*os.listdir("/"))
 @needs_busybox
 def test_without_pivot_root_a_second_chroot_does_not_lead_out(bundle):
     pid, _ = unpivoted(bundle)
-    done = subprocess.run([sys.executable, "-c", ESCAPE, str(pid)], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", ESCAPE, str(pid)], capture_output=True, text=True, timeout=60)
     assert set(done.stdout.split()) == set(os.listdir(os.path.join(bundle.path, "rootfs"))), done.stderr
 
 

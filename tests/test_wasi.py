@@ -1068,7 +1068,7 @@ def test_a_closed_pipe_ends_the_guest_as_any_command(ours, tmp_path):
     process = subprocess.Popen(command(ours("spout"), tmp_path=tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(100) == b"y" * 100
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(20) == -signal.SIGPIPE
+    assert process.stderr.read() == b"" and process.wait(60) == -signal.SIGPIPE
 
 
 def wait_asleep(pid):
@@ -1098,7 +1098,7 @@ def test_a_signal_ends_a_blocking_call(ours, tmp_path, name, number):
     else:
         wait_asleep(process.pid)
     process.send_signal(number)
-    assert process.wait(20) == -number and process.stderr.read() == b""
+    assert process.wait(60) == -number and process.stderr.read() == b""
 
 
 def test_an_ignored_interrupt_stays_ignored(ours, tmp_path):
@@ -1181,7 +1181,7 @@ def test_a_listening_socket_by_the_command_line(wat, tmp_path):
         with socket.socket() as peer:
             until(lambda: peer.connect_ex(("127.0.0.1", port)) == 0)
             assert peer.recv(100) == b"Hello"
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
