@@ -16723,7 +16723,7 @@ def command_container(words):
     module = read_module(rest[0])
     rootless = os.geteuid() != 0
     signals = catch_signals()
-    scratch = tempfile.mkdtemp(prefix="chibishim-")
+    scratch = absolute_path(tempfile.mkdtemp(prefix="chibishim-"))     # TMPDIR may be relative
     try:
         if len(scratch) + SOCKET_NAME_BYTES > MAX_SOCKET_PATH:
             raise ContainerError("%s: too long a name for a socket's; set TMPDIR to a shorter one" % directory_of(scratch))

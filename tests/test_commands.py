@@ -242,6 +242,12 @@ def test_a_directory_for_temporary_files_that_is_too_long_for_a_socket_is_said(s
 
 
 @needs_root
+def test_a_relative_directory_for_temporary_files_is_as_good(scratch):
+    done = run("container", HELLO, cwd=scratch, env={"TMPDIR": "."})
+    assert (done.stdout, done.stderr) == (b"Hello, World!\n", b"")
+
+
+@needs_root
 def test_a_container_that_finds_no_place_says_where(scratch):
     """An error of the system's names the file."""
     hidden = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o ro none /sys/fs/cgroup && exec "$@"', "sh"]
