@@ -13138,7 +13138,10 @@ def do_mount(setup, source, target, type, flags, propagation, data, mapping, cop
         if fd is not None:
             data = "mode=%o%s" % (os.fstat(fd).st_mode & 0o7777, data and "," + data)
             os.close(fd)
-    fd = ensure(setup, target, not bind or os.fstat(tree).st_mode & 0o170000 == 0o040000)
+    directory = not bind or is_directory(tree)
+    fd = ensure(setup, target, directory)
+    if bind and is_directory(fd) != directory:
+        raise OSError(errno.ENOTDIR, "mount %s at %s: one is a directory and the other none" % (source, target))
     check_target(setup, fd, target, type, flags)
     attached = bind and move_mount(tree, fd, flags & MS_REC)
     if not bind:
@@ -13533,7 +13536,7 @@ def do_mask(setup, path):
     fd = open_if_there(setup, path)
     if fd is None:
         return
-    if os.fstat(fd).st_mode & 0o170000 == 0o040000:
+    if is_directory(fd):
         options = "nr_blocks=1,nr_inodes=2"     # Ubuntu's Linux 5.4 refuses one inode
         mount("tmpfs", fd_path(fd), "tmpfs", MS_RDONLY, labelled(setup, "tmpfs", options))
     else:

@@ -652,6 +652,14 @@ def test_a_missing_bind_mount_source_is_named_in_a_user_namespace_too(mapped):
     assert "/no/such: No such file" in mapped.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=mapped.path)
 
 
+@pytest.mark.parametrize("source, target", [("/etc", "/guest.wasm"), ("/etc/passwd", "/dev")])
+def test_a_mount_of_a_directory_at_a_file_is_named_as_is_the_opposite(bundle, source, target):
+    """The kernel says EINVAL of both."""
+    bundle.config["mounts"].append({"destination": target, "type": "bind", "source": source, "options": ["bind"]})
+    bundle.start()
+    assert "mount %s at %s: " % (source, target) in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+
+
 HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 
 
