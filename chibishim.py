@@ -4954,10 +4954,12 @@ class Transcriber:
 
     def operands(self, slots, names=(), alone=False):
         """Takes operands as Terms. Those in the slots `names` become variables, and so does what may
-        trap: all of it where the instruction has to be `alone` in its line, else all but one."""
-        impure = [slot for slot in slots if self.is_impure(slot)]
-        for slot in impure if alone else impure[:-1]:
-            self.settle(slot)
+        trap: all of it where the instruction has to be `alone` in its line, else all that something
+        follows which may trap as well, be it dropped."""
+        last = next((slot for slot in reversed(self.pending) if self.is_impure(slot)), None)
+        for slot in slots:
+            if self.is_impure(slot) and (alone or slot != last):
+                self.settle(slot)
         for slot in names:
             if slot in self.pending:
                 self.settle(slot)
@@ -4992,17 +4994,18 @@ class Transcriber:
         self.assign(slot, self.pending.pop(slot))
 
     def assign(self, slot, term):
-        """Writes a variable, after the operands that have its old value."""
-        for other in list(self.pending):
-            if other in self.pending and slot in self.pending[other].reads:
-                self.settle(other)
         self.emit("r%d = %s" % (slot, term.exact if term.mask else term.text), term.at)
 
     def define(self, d, term, now=False):
-        """The result of an instruction: a local is written, an operand kept, if not to be written `now`."""
+        """The result of an instruction: a local is written, an operand kept, if not to be written `now`.
+        First the operands are written that have the variable's old value: none that is pending,
+        or taken, reads a variable to which another one will be written."""
         if self.is_impure(d):
             self.settle(d)              # it was dropped, and may trap
         self.pending.pop(d, None)
+        for other in list(self.pending):
+            if d in self.pending[other].reads:
+                self.settle(other)
         if d >= self.base and not now and len(term.text) < MAX_EXPRESSION and len(self.pending) < MAX_PENDING:
             self.pending[d] = term
             return
@@ -5019,8 +5022,7 @@ class Transcriber:
     def flush(self):
         """Writes all operands, for the blocks to come."""
         for slot in list(self.pending):
-            if slot in self.pending:
-                self.settle(slot)
+            self.write(slot)
 
     # -- instructions --
 

@@ -72,6 +72,14 @@ def test_of_two_traps_the_first_is_told(wat, tier):
     assert len(places) == 3
 
 
+@pytest.mark.parametrize("use", ["br_if 0", "local.set 0", "global.set $g", "return"])
+def test_of_two_traps_the_first_is_told_though_the_second_is_dropped(wat, tier, use):
+    text = """(module (memory 1) (global $g (mut i32) (i32.const 0)) (func (export "f") (param i32 i32) (result i32)
+      (block (i32.div_u (i32.const 8) (local.get 0)) (drop (i32.load (local.get 1))) %s) (local.get 0)))""" % use
+    assert both(wat, tier, text, "f", 0, -1)[1] == "integer divide by zero"
+    assert both(wat, tier, text, "f", 1, -1)[1] == "out of bounds memory access"
+
+
 def test_a_load_that_nobody_uses_traps(wat, tier):
     text = """(module (memory 1) (func (export "f") (param i32) (result i32)
       (drop (i32.load (local.get 0))) (i32.add (local.get 0) (i32.mul (local.get 0) (i32.const 3)))))"""
@@ -142,6 +150,20 @@ def test_an_operand_keeps_its_value_when_what_it_was_made_of_changes(portable):
       (i32.add (local.get 0) (i32.const 1)) (global.get $g) (i32.load (i32.const 8))
       (local.set 0 (i32.const 100)) (global.set $g (i32.const 100)) (i32.store (i32.const 8) (i32.const 100))))""").exports["f"]
     assert f(4) == (5, 1, 0)
+
+
+@pytest.mark.parametrize("dropped", ["(i32.mul (local.get $x) (i32.const 5))", "(i32.load (local.get $x))"])
+@pytest.mark.parametrize("use", ["br_if 0", "global.set $g", "local.set $y", "call $set", "i32.store"])
+def test_an_operand_that_is_dropped_changes_none_below_it(wat, tier, use, dropped):
+    """ctz makes a variable of its operand, and what is dropped has the same slot."""
+    text = """(module (memory 1) (global $g (mut i32) (i32.const 0))
+      (func $set (param i32) (global.set $g (local.get 0)))
+      (func (export "f") (param $x i32) (result i32) (local $y i32) (local $z i32)
+        (block %s (i32.sub (i32.const 3) (i32.ctz (i32.add (local.get $x) (i32.const 1))))
+          (drop %s) %s (local.set $z (i32.const 100)))
+        (i32.add (i32.add (global.get $g) (local.get $y)) (i32.add (i32.load (i32.const 4)) (local.get $z)))))""" % (
+            "(i32.const 4)" if use == "i32.store" else "", dropped, use)
+    assert len({both(wat, tier, text, "f", x) for x in (0, 3, 7, 15)}) > 1
 
 
 def test_nan_payloads_survive_memory(wat, tier):
