@@ -4882,18 +4882,16 @@ class Transcriber:
         if self.writing:
             self.pending.clear()
             self.steps(block[0])
-            if kind in (CALL, CALL_REF):
+            if kind == BR:
+                self.flush()
+            elif kind == RETURN:
+                self.return_(block[3])
+            elif kind in (CALL, CALL_REF):
                 self.call(block)
-        if kind == BR_IF and targets:
+        if kind == BR_IF:
             return self.branch(x, block, targets, follow)
-        if kind == BR_TABLE and targets:
+        if kind == BR_TABLE:
             return self.switch(x, block, targets, follow)
-        if not self.writing:
-            pass
-        elif targets:
-            self.flush()
-        elif kind == RETURN:
-            self.return_(block[3])
         return self.onward(x, targets[0], follow) if targets else (None, False)
 
     def branch(self, x, block, targets, follow):
@@ -5355,7 +5353,6 @@ def transcribe(function, locals, place=None):
         run = found["function"]
         scope.offsets[id(run.__code__)] = function, offsets     # equal code is not the same
         if not place:
-            scope.callee(function)
             scope.calls[function] = scope.names[scope.callee(function)] = run
         results, (body, *end) = range(len(function.type.results)), block
         hot = [[(do_enter_python, None, (scope, run, len(results) == 1), count, None)], RETURN, None, results,
@@ -5385,7 +5382,7 @@ class PortableTier:
         counter[0] = self.budget(function)
         if function.instance.scope and function.instance.scope.chilled:
             return
-        is_new = function.entry[0] and function.entry[0][0][0] is do_count
+        is_new = function.entry[0][0][0] is do_count
         if not is_new and place is None:
             return
         try:
