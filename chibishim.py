@@ -3169,17 +3169,17 @@ def python_function(type, call, name):
 # by way of a block of its own.
 
 BR, BR_IF, BR_TABLE, RETURN, CALL, CALL_REF, TAIL_CALL, THROW = range(8)
-CALL_COST = 4                   # a call counts as if it executed that part of the code
-ALIAS_STEPS_PER_BYTE = 64
-OPERAND_STEPS_PER_BYTE = 8
+CALL_COST = 4                   # a call counts as if it executed one in so many bytes of the body
+ALIAS_STEPS_PER_BYTE = 64       # see count_aliases()
+OPERAND_STEPS_PER_BYTE = 8      # see count_operands()
 MAX_LOOP_OPERANDS = 1000        # below a loop at whose head a frame may go over to another tier
 
 
 class Control:
-    """A control frame of the appendix. `target` is the block that a branch to the label
-    goes to, `label_types` are those of what it carries; `next` is the block after `end`,
-    `other` the else branch of an if. `was_set` is how many locals had been set before it,
-    `handlers` the handlers around it."""
+    """A control frame of the appendix. `opcode` is that of block, loop, if or else. `target`
+    is the block that a branch to the label goes to, `label_types` are those of what it carries;
+    `next` is the block after `end`, `other` the else branch of an if. `was_set` is how many
+    locals had been set before it, `handlers` the handlers around it."""
 
     __slots__ = ("opcode", "params", "results", "label_types", "height", "unreachable", "target", "next", "other", "was_set",
                  "handlers")
@@ -3411,8 +3411,8 @@ class Translator:
         self.block[0].append((handler, d, a, b, self.at))
 
     def settle(self):
-        """Moves the operands of this construct into the slots of their own heights; the
-        ones of those around it are there since it was entered."""
+        """Moves the operands of this construct into the slots of their own heights; those of
+        the constructs around it have been there since it was entered."""
         slots, base = self.slots, self.base
         height = self.controls[-1].height
         if len(slots) == height:
@@ -3479,7 +3479,7 @@ class Translator:
         self.push_all(control.results)
 
     def forget_locals(self, control):
-        """What a construct set need not have been set after it, or in its else branch."""
+        """The locals that a construct set count as unset after it, and in its else branch."""
         if self.was_set:
             self.unset.update(self.was_set[control.was_set:])
             del self.was_set[control.was_set:]
@@ -3805,8 +3805,9 @@ class Translator:
 
     def assign(self, index, slot):
         """local := operand. Operands that are this local's old value are saved first; if
-        none is, the instruction that made the operand can write the local itself. (An
-        instruction without result has no d > 0, and where there is a local, slot > 0.)"""
+        none is, the instruction that made the operand can write the local itself. (The last
+        one made it if its d is the operand's slot: an instruction without result has no
+        d > 0, and where there is a local, operands have slots > 0.)"""
         slots, saved = self.slots, False
         if index in self.unset:
             self.unset.remove(index)
@@ -4498,7 +4499,7 @@ def translated(function):
 # one other leads to is written there; one that several lead to comes after the rest of what its
 # dominator dominates; a loop's head starts a `while True`. Where a block is not what comes next anyway,
 # another `while True`, around what is before it, lets `break` lead to it. A jump out of
-# several of these sets `s`, 0 otherwise, to say where to. CPython nests 20: where
+# several of these sets `s`, 0 otherwise, to say where to. CPython nests no more than 20: where
 # that is too few, one `while True` looks at a number for what to do next.
 #
 # Calls are calls in Python. Their last argument, n, is their depth: what is called deeper than Python's
@@ -4513,7 +4514,7 @@ class Unsupported(Exception):
 
 
 SEAM_DEPTH = 40                     # what a call to the interpreter counts as; it takes some of C's stack
-OLD_DEPTH = 150                     # the same for all calls, before Python 3.11
+OLD_DEPTH = 150                     # how deep calls go before Python 3.11, where all take some of C's stack
 MAX_LOOPS = 18                      # nested whiles: CPython has 20
 MAX_IFS = 30                        # nested ifs: its tokenizer has 100 levels for both
 MAX_EXPRESSION = 300                # characters
@@ -4522,8 +4523,9 @@ MAX_LINES = 50000
 TRANSCRIBE_COST = 600               # bytes to execute for each byte to transcribe …
 TRANSCRIBE_START = 120000           # … and once
 
-# Instructions that are no expressions in the table: which of a and b are slots, and an expression
-# or, with an =, a statement, where {A} and {B} are the others; None is the handler itself.
+# Instructions that are no expressions in the table: which of a and b are slots (b0 is b[0], b* all of
+# b), and an expression or, with an =, a statement, where {0}, {1}, … are the operands in these slots
+# and {A} and {B} are a and b themselves; None is a call of the handler.
 IRREGULARS = {
     do_move: ("a", "{0}"),
     do_select: ("a b0 b1", "{0} if {2} else {1}"),
@@ -4538,17 +4540,18 @@ IRREGULARS = {
     **dict.fromkeys((do_table_set, do_table_grow, do_table_fill, do_table_copy, do_table_init, do_memory_fill, do_memory_copy,
                      do_memory_init), ("b*", None)),
 }
-# What can do with integers that are only equal modulo 2**N to what they ought to be.
+# To these, an operand that is right modulo 2**N is as good as an exact one.
 TOLERANT = ("add", "sub", "mul", "and", "or", "xor", "shl", "wrap_i64")
 TRAPPING = "div_", "rem_", "trunc_f"
 MASKS = {I32: MAX_U32, I64: MAX_U64}
-# Where there is a shorter way than the table's expression; an error of Python is a trap.
+# Where there is a shorter way than the table's expression; its error is one of FAILURES.
 REWRITTEN = {"i32.eqz": "not {x}", "i64.eqz": "not {x}", "f64.div": "{x} / {y} if {y} else fdiv({x}, {y})",
              "f32.div": "to_f32({x} / {y} if {y} else fdiv({x}, {y}))"}
 for _type, _sign in ("i32.", "0x80000000"), ("i64.", "0x8000000000000000"):
     REWRITTEN[_type + "div_u"], REWRITTEN[_type + "rem_u"] = "{x} // {y}", "{x} % {y}"
     for _verb, _same, _other in (("lt_s", "<", ">"), ("le_s", "<=", ">"), ("gt_s", ">", "<"), ("ge_s", ">=", "<")):
         REWRITTEN[_type + _verb] = "{x} %s {y} if ({x} < %s) == ({y} < %s) else {x} %s {y}" % (_same, _sign, _sign, _other)
+# The traps that errors of Python in a transcribed function are.
 FAILURES = {ZeroDivisionError: "integer divide by zero", IndexError: "out of bounds memory access",
             OverflowError: "out of bounds memory access", struct.error: "out of bounds memory access"}
 
@@ -4627,7 +4630,7 @@ class Flow:
         return x
 
     def shared(self, head):
-        """The blocks that `head` dominates, itself first, of those that have several edges entering."""
+        """`head`, and of the blocks that it dominates those that several edges enter."""
         found, inside = [head], {head}
         for index in range(head + 1, len(self.blocks)):
             if self.dominators[index] in inside:
@@ -4918,7 +4921,8 @@ class Transcriber:
         return result
 
     def weight(self, x, y, follow):
-        """How little is to be written on the way from x to y."""
+        """How many blocks are written on the way from x to y: none for a jump; MAX_LINES where not
+        even that is needed, for this way had better not be the if's suite."""
         if self.inlines(x, y):
             return 1 + self.flow.size[y]
         return MAX_LINES if y == follow else 0
@@ -5351,7 +5355,7 @@ def transcribe(function, locals, place=None):
         found = {}
         exec(compile(text, "<function %d>" % function.index, "exec", dont_inherit=True), scope.names, found)
         run = found["function"]
-        scope.offsets[id(run.__code__)] = function, offsets     # equal code is not the same
+        scope.offsets[id(run.__code__)] = function, offsets     # by id: code objects that look alike are equal
         if not place:
             scope.calls[function] = scope.names[scope.callee(function)] = run
         results, (body, *end) = range(len(function.type.results)), block
