@@ -7247,6 +7247,7 @@ class Compiler:
         self.constants = function.template[::-1]    # of slot -1 - index
         self.arity = len(self.type.params)
         self.local_types = local_types
+        self.base_slot = len(local_types)           # the first that is not a local's: what is there is read once
         self.sites = bytearray()        # pairs (return address in the code, offset in the body), packed
         self.trap_labels = {}           # text -> label of what traps with it
         self.traps = []                 # (label, text, at): one place for each access, behind the code
@@ -7277,9 +7278,8 @@ class Compiler:
         self.number = {id(block): index for index, block in enumerate(order)}
         self.successors = [[self.number[id(t)] for t in self.successors_of(block)] for block in order]
         ends = {}                       # loop's head -> its last block
-        for index, block in enumerate(order):
-            for target in self.targets(block):
-                target = self.number[id(target)]
+        for index, successors in enumerate(self.successors):
+            for target in successors:
                 if target <= index:
                     ends[target] = index
         depth = [0] * (len(order) + 1)
@@ -7653,11 +7653,8 @@ class Compiler:
         for index, (block, steps) in enumerate(zip(self.blocks, self.steps)):
             asm.bind(self.block_labels[index])
             self.index, self.pending = index, None
-            last = len(steps) - 1
-            for position, (emitter, step, reads, write) in enumerate(steps):
+            for self.position, (emitter, step, reads, write) in enumerate(steps):
                 self.at = step[4]
-                following = steps[position + 1] if position < last else None
-                self.is_fused = write is not None and write[0] >= self.base_slot and self.feeds(write[0], following, block)
                 emitter(self, step, reads, write)
             TERMINATORS[block[1]](self, block)
         self.emit_cold()
@@ -7670,17 +7667,15 @@ class Compiler:
             asm.code += data
         asm.finish()
 
-    @property
-    def base_slot(self):
-        """The first slot that is not a local's: what is there is read once."""
-        return len(self.local_types)
-
-    def feeds(self, slot, following, block):
+    def is_read_next(self, slot):
         """Whether the condition in `slot` is read by the next step or the block's end, which
         can take it from the flags, and by nothing else."""
-        if following is None:
+        block, steps = self.blocks[self.index], self.steps[self.index]
+        if slot < self.base_slot:
+            return False
+        if self.position + 1 == len(steps):
             return block[1] == BR_IF and block[3] == slot
-        handler, _, a, b, _ = following[1]
+        handler, _, a, b, _ = steps[self.position + 1][1]
         if handler is do_select:
             return b[1] == slot and a != slot and b[0] != slot
         op = getattr(handler, "op", None)
@@ -7879,7 +7874,7 @@ class Compiler:
 
     def conclude(self, condition, d):
         """A comparison was made: leaves its result in the flags for what follows, or as an i32."""
-        if self.is_fused:
+        if self.is_read_next(d):
             self.pending = condition
         else:
             register = self.target(d)
