@@ -7410,7 +7410,7 @@ class Compiler:
         if kind in (CALL, CALL_REF):
             type = z[4]
             reads = tuple(zip(y, type.params))
-            self.out_bytes = max(self.out_bytes, Layout(type).size, TAIL_CALL_BYTES)
+            self.out_bytes = max(self.out_bytes, self.context.layout(type).size, TAIL_CALL_BYTES)
             if kind == CALL_REF:
                 reads += self.check_callee(x, steps)
             return reads, tuple([(z[1] + index, result) for index, result in enumerate(type.results)])
@@ -7447,7 +7447,7 @@ class Compiler:
 
     def check_tail_call(self, type):
         """A tail call puts its arguments where this function's are, and leaves results to it."""
-        own, other = Layout(self.type), Layout(type)
+        own, other = self.context.layout(self.type), self.context.layout(type)
         if other.size > max(own.size, TAIL_CALL_BYTES) or len(type.results) > 1 and own.results != other.results:
             raise Unsupported("tail call with more arguments")
         self.out_bytes = max(self.out_bytes, other.size)
@@ -7544,7 +7544,7 @@ class Compiler:
     def assign_homes(self, variables):
         """The frame's layout."""
         asm, offset = self.asm, self.out_bytes
-        offsets = Layout(self.type).params
+        offsets = self.context.layout(self.type).params
         params = {variable(slot, type): offsets[slot] for slot, type in enumerate(self.type.params)}
         self.homes = {}
         for key in sorted(variables):
@@ -8212,7 +8212,7 @@ class Compiler:
                 asm.move(asm.RESULT, self.use(slots[0], 0))
         else:
             above = self.frame + asm.RETURN_BYTES
-            for slot, type, offset in zip(slots, types, Layout(self.type).results):
+            for slot, type, offset in zip(slots, types, self.context.layout(self.type).results):
                 self.store_value(slot, type, above + offset)
         self.epilogue()
         asm.return_()
@@ -8233,7 +8233,7 @@ class Compiler:
         asm, (following, d, _, at, type) = self.asm, z
         across = self.live_out[self.index] & ~self.ends[self.index] & self.volatile
         self.spill(across | self.landing[self.index])
-        for slot, t, offset in zip(y, type.params, Layout(type).params):
+        for slot, t, offset in zip(y, type.params, self.context.layout(type).params):
             self.store_value(slot, t, offset)
         if kind == CALL:
             asm.immediate(self.scratch[0], self.context.function_index(x))
@@ -8251,7 +8251,7 @@ class Compiler:
     def tail_call(self, block):
         """The arguments replace this function's, which may still be read until all are made."""
         _, _, x, y, z = block
-        asm, context, layout = self.asm, self.context, Layout(z[4])
+        asm, context, layout = self.asm, self.context, self.context.layout(z[4])
         for slot, type, offset in zip(y, z[4].params, layout.params):
             self.store_value(slot, type, offset)
         index, scratch = self.scratch[0], self.scratch[1]
@@ -8274,7 +8274,7 @@ class Compiler:
         self.note_clauses()
 
     def take_results(self, type, d):
-        asm, results, offsets = self.asm, type.results, Layout(type).results
+        asm, results, offsets = self.asm, type.results, self.context.layout(type).results
         alive = self.live_out[self.index]
         for index, result in enumerate(results):
             key = variable(d + index, result)
@@ -8556,7 +8556,7 @@ class NativeCode:
         self.function, self.context, self.start = function, context, start
         self.end, self.frame, self.sites = start + len(compiler.asm.code), compiler.frame, bytes(compiler.sites)
         self.offsets = None             # {place of a call in the code: its offset}, once somebody asked
-        self.layout = Layout(function.type)
+        self.layout = context.layout(function.type)
         self.clauses, self.landings = compiler.clauses, compiler.landings
         self.homes = compiler.homes if compiler.loops or compiler.clauses else None
         self.locals = compiler.local_types
@@ -8602,6 +8602,7 @@ class Context:
         self.codes, self.starts = [], []            # NativeCode, and where each starts, in ascending order
         self.returns = {}               # return address -> NativeCode
         self.mirrors = {}
+        self.layouts = {}               # function type -> Layout
         self.references, self.handles = {}, {}      # number -> reference, id of a reference -> number
         self.next_handle, self.sweep_at = FIRST_HANDLE, SWEEP
         self.pending = self.stack = None
@@ -8640,6 +8641,13 @@ class Context:
     def cell(self, variable):
         """The offset of a global's value in the context, None if it is elsewhere."""
         return self.cells.get(id(variable))
+
+    def layout(self, type):
+        """The Layout of a function type."""
+        layout = self.layouts.get(type)
+        if layout is None:
+            layout = self.layouts[type] = Layout(type)
+        return layout
 
     def function_index(self, function):
         return self.indices[id(function)]
@@ -8829,7 +8837,7 @@ class Context:
     def call_function(self, function, start):
         """Calls a function with the arguments at `start` of the stack, and leaves its results."""
         type = function.type
-        layout = Layout(type)
+        layout = self.layout(type)
         if not function.host:
             charge(function)
         results = execute_any(function, [self.read_value(start + offset, t) for offset, t in zip(layout.params, type.params)])
