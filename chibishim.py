@@ -7624,6 +7624,17 @@ class Compiler:
         if key not in self.place or key in self.through:
             self.store_home(key, register)
 
+    # The same for operands and results of any type.
+
+    def use_any(self, slot, type, scratch):
+        return self.use_float(slot, type, scratch) if is_float(type) else self.use(slot, scratch)
+
+    def target_any(self, slot, type):
+        return self.float_target(slot, type) if is_float(type) else self.target(slot)
+
+    def put_any(self, slot, type, register):
+        self.put_float(slot, type, register) if is_float(type) else self.put(slot, register)
+
     def store_home(self, key, register):
         asm = self.asm
         (asm.store, asm.float_store, asm.vector_store)[key & 3](register, asm.FRAME, self.homes[key])
@@ -8033,13 +8044,9 @@ class Compiler:
             operands.append((b if len(reads) == 1 else b[1]) // handler.op.width)
         elif name == "i8x16.swizzle":
             operands.append(self.pooled)
-        type = write[1]
-        target = self.float_target(d, type) if is_float(type) else self.target(d)
+        target = self.target_any(d, write[1])
         getattr(asm, method)(target, *operands, *extras)
-        self.put_float(d, type, target) if is_float(type) else self.put(d, target)
-
-    def use_any(self, slot, type, scratch):
-        return self.use_float(slot, type, scratch) if is_float(type) else self.use(slot, scratch)
+        self.put_any(d, write[1], target)
 
     def shuffle(self, step, reads, write):
         _, d, a, (b, indices), _ = step
@@ -8069,47 +8076,32 @@ class Compiler:
         if name not in self.asm.ACCESSES:
             return self.rare(step, reads, write)
         register, offset = self.address(a, offset, width)
-        type = write[1]
-        if is_float(type):
-            target = self.float_target(d, type)
-            self.asm.access(name, target, register, offset)
-            self.put_float(d, type, target)
-        else:
-            target = self.target(d)
-            self.asm.access(name, target, register, offset)
-            self.put(d, target)
+        target = self.target_any(d, write[1])
+        self.asm.access(name, target, register, offset)
+        self.put_any(d, write[1], target)
 
     def store(self, step, reads, write, name, width):
         _, offset, a, b, _ = step
         register, offset = self.address(a, -offset, width)
         if b < 0 and name[0] == "i" and self.asm.store_constant(name, self.constant(b), register, offset):
             return
-        value = self.use(b, 0) if name[0] == "i" else self.use_float(b, reads[1][1], 0)
-        self.asm.access(name, value, register, offset)
+        self.asm.access(name, self.use_any(b, reads[1][1], 0), register, offset)
 
     def global_get(self, step, reads, write):
         _, d, variable, _, _ = step
         offset, type = self.context.cell(variable), variable.type.value
         if offset is None:
             return self.rare(step, reads, write)
-        if is_float(type):
-            register = self.float_target(d, type)
-            self.asm.float_load(register, self.asm.CONTEXT, offset)
-            self.put_float(d, type, register)
-        else:
-            register = self.target(d)
-            self.asm.load(register, self.asm.CONTEXT, offset)
-            self.put(d, register)
+        target = self.target_any(d, type)
+        (self.asm.float_load if is_float(type) else self.asm.load)(target, self.asm.CONTEXT, offset)
+        self.put_any(d, type, target)
 
     def global_set(self, step, reads, write):
         _, _, variable, b, _ = step
         offset, type = self.context.cell(variable), variable.type.value
         if offset is None:
             return self.rare(step, reads, write)
-        if is_float(type):
-            self.asm.float_store(self.use_float(b, type, 0), self.asm.CONTEXT, offset)
-        else:
-            self.asm.store(self.use(b, 0), self.asm.CONTEXT, offset)
+        (self.asm.float_store if is_float(type) else self.asm.store)(self.use_any(b, type, 0), self.asm.CONTEXT, offset)
 
     def ref_is_null(self, step, reads, write):
         self.asm.compare_immediate(1, self.use(step[2], 0), 0)
@@ -8276,25 +8268,18 @@ class Compiler:
     def take_results(self, type, d):
         asm, results, offsets = self.asm, type.results, self.context.layout(type).results
         alive = self.live_out[self.index]
-        for index, result in enumerate(results):
-            key = variable(d + index, result)
+        for slot, (result, offset) in enumerate(zip(results, offsets), d):
+            key = variable(slot, result)
             if not alive >> key & 1:
                 continue
-            place = self.place.get(key)
-            if len(results) == 1:
-                if is_float(result):
-                    register = asm.FLOAT_RESULT
-                    if place is not None:
-                        asm.float_move(place, register)
-                else:
-                    register = asm.RESULT
-                    if place is not None:
-                        asm.move(place, register)
+            target = self.target_any(slot, result)
+            if len(results) > 1:
+                (asm.load, asm.float_load, asm.vector_load)[key & 3](target, asm.FRAME, offset)
+            elif is_float(result):
+                asm.float_move(target, asm.FLOAT_RESULT)
             else:
-                register = place if place is not None else (asm.FLOAT_SCRATCH if key & 3 else asm.SCRATCH)[0]
-                (asm.load, asm.float_load, asm.vector_load)[key & 3](register, asm.FRAME, offsets[index])
-            if key not in self.place or key in self.through:
-                self.store_home(key, register if place is None else place)
+                asm.move(target, asm.RESULT)
+            self.put_any(slot, result, target)
 
 
 SWAPPED = {"eq": "eq", "ne": "ne", "lt_s": "gt_s", "lt_u": "gt_u", "gt_s": "lt_s", "gt_u": "lt_u",
