@@ -5632,7 +5632,7 @@ class X64(Assembler):
     EQUAL, UNEQUAL = 16, 17             # of floats: the zero and the parity flag
     FLOAT_CONDITIONS = {"eq": (EQUAL, False), "ne": (UNEQUAL, False), "lt": (7, True), "gt": (7, False), "le": (3, True),
                         "ge": (3, False)}           # (condition, whether the operands are swapped)
-    FLOAT_ALU = {"add": 0x0F58, "mul": 0x0F59, "sub": 0x0F5C, "div": 0x0F5E, "sqrt": 0x0F51}
+    FLOAT_ALU = {"add": 0x0F58, "mul": 0x0F59, "sub": 0x0F5C, "div": 0x0F5E}
     ROUNDING = {"nearest": 0, "floor": 1, "ceil": 2, "trunc": 3}
     ACCESSES = {                        # opcode, wide
         "i32.load": (0x8B, 0), "i64.load": (0x8B, 1), "i32.load8_s": (0x0FBE, 0), "i32.load8_u": (0x0FB6, 0),
@@ -6419,16 +6419,10 @@ class X64(Assembler):
             self.code.append(code)
         else:
             self.float_constant(2, constant(bytes(i if i < 16 else 0x80 for i in indices)), 16)
-            other = bytes(i - 16 if i >= 16 else 0x80 for i in indices)
-            if a != 0:
-                if b == 0:
-                    self.float_move(1, b)
-                    b = 1
-                self.float_move(0, a)
-            self.register(0x660F3800, 0, 0, 2)
-            self.float_constant(2, constant(other), 16)
-            if b != 1:
-                self.float_move(1, b)
+            self.float_move(0, a)
+            self.register(0x660F3800, 0, 0, 2)      # pshufb
+            self.float_constant(2, constant(bytes(i - 16 if i >= 16 else 0x80 for i in indices)), 16)
+            self.float_move(1, b)
             self.register(0x660F3800, 0, 1, 2)
             self.register(0x66000FEB, 0, 0, 1)
             self.float_move(d, 0)
@@ -7034,7 +7028,7 @@ class A64(Assembler):
         self.load(self.LINK, 31, 8)
         self.word(0x910043FF)                                                   # add sp, sp, 16
         failed = self.label()
-        self.compare_status()
+        self.word(0x7100001F)                                                   # cmp w0, 0
         self.jump_if(1, failed)
         self.load(0, 31, 0)
         self.vector_load(0, 31, 0)
@@ -7043,9 +7037,6 @@ class A64(Assembler):
         self.immediate(16, pending)
         self.load(17, self.CONTEXT, trap)
         self.word(0xD61F0000 | 17 << 5)
-
-    def compare_status(self):
-        self.word(0x7100001F)                                                   # cmp w0, 0
 
     def flush_stub(self):
         """void flush(start, end): makes instruction fetches see what was written. The page of this
@@ -7734,7 +7725,7 @@ class Compiler:
         for label, back, step, reads, write, index in self.cold:
             self.asm.bind(label)
             self.at, self.index = step[4], index
-            self.call_handler(step, reads, write)
+            self.rare(step, reads, write)
             self.asm.jump(back)
 
     def emit_loop_entries(self):
@@ -7790,9 +7781,6 @@ class Compiler:
     # -- steps --
 
     def rare(self, step, reads, write):
-        self.call_handler(step, reads, write)
-
-    def call_handler(self, step, reads, write):
         """Calls the interpreter's handler of this step, between other steps."""
         alive = self.touched[self.index] & self.volatile
         self.call_helper(step, reads, write, alive)
@@ -8150,8 +8138,7 @@ class Compiler:
         asm.load_indexed(y, z, index)
         asm.wrap(x, y)
         asm.shift_immediate("shr_u", 1, y, y, 32)
-        if not asm.compare_immediate(0, y, self.context.machine.type_number(type)):
-            raise Unsupported("too many types")
+        asm.compare_immediate(0, y, self.context.machine.type_number(type))
         asm.jump_if(asm.CONDITIONS["ne"], slow)
         place = self.place.get(d << 2)
         if place is not None:
@@ -8184,11 +8171,10 @@ class Compiler:
     def br_table(self, block):
         _, _, x, y, z = block
         asm, labels = self.asm, [self.block_labels[self.number[id(target)]] for target in x]
-        index, scratch = self.use(y, 0), self.scratch[0]
         if z == 0:
             return asm.jump(labels[0])
-        if not asm.compare_immediate(0, index, z):
-            raise Unsupported("br_table")
+        index, scratch = self.use(y, 0), self.scratch[0]
+        asm.compare_immediate(0, index, z)
         asm.jump_if(asm.CONDITIONS["ge_u"], labels[-1])
         asm.move(scratch, index)
         asm.jump_table(scratch, labels[:-1])
@@ -8228,8 +8214,9 @@ class Compiler:
         for slot, t, offset in zip(y, type.params, self.context.layout(type).params):
             self.store_value(slot, t, offset)
         if kind == CALL:
-            asm.immediate(self.scratch[0], self.context.function_index(x))
-            asm.call_context(self.context.functions_offset + 8 * self.context.function_index(x))
+            number = self.context.function_index(x)
+            asm.immediate(self.scratch[0], number)
+            asm.call_context(self.context.functions_offset + 8 * number)
         else:
             register, scratch = self.use(x, 0), self.scratch[0]
             asm.move(scratch, register)
@@ -8392,8 +8379,6 @@ class Machine:
         # Python's own lock is kept: native code is short of nothing but time.
         self.function_type = type("NativeFunction", (_ctypes.CFuncPtr,), {
             "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI, "_restype_": long, "_argtypes_": (long,) * 3})
-        self.callback_type = type("NativeCallback", (_ctypes.CFuncPtr,), {
-            "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI, "_restype_": long, "_argtypes_": (long,) * 3})
         self.process = os.getpid()      # in a fork of it, the code's pages are still the parent's
         self.map_code()
         self.stacks = {}                # of threads
@@ -8486,6 +8471,7 @@ class Machine:
     def type_number(self, type):
         """The number of a function type: equal for equal types."""
         return self.types.setdefault(type, len(self.types) + 1)
+
 
 class GuestStack:
     """Where native code has its frames: below `top`, which is at `bottom` while there are none;
@@ -8592,7 +8578,7 @@ class Context:
         self.next_handle, self.sweep_at = FIRST_HANDLE, SWEEP
         self.pending = self.stack = None
         self.depth = 0                  # of entries into native code
-        self.callback = machine.callback_type(self.call_back)
+        self.callback = machine.function_type(self.call_back)
         for offset, value in ((HELPER, machine.helper_address), (TRAP, machine.trap_address),
                               (CALLBACK, function_address(self.callback))):
             self.write(offset, value)
