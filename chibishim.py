@@ -5611,7 +5611,7 @@ class Assembler:
 
 
 class X64(Assembler):
-    """x86-64 with SSE4.1 and POPCNT (the level x86-64-v2)."""
+    """x86-64 with SSE4.2 and POPCNT, as of the level x86-64-v2."""
 
     machine = "x86_64"
     FEATURES = {19: "SSE4.1", 20: "SSE4.2", 23: "POPCNT"}       # bits of ecx from CPUID leaf 1
@@ -5660,17 +5660,17 @@ class X64(Assembler):
             "i16x8.narrow_i32x4_u": 0x660F382B, "i32x4.add": 0x66000FFE, "i32x4.sub": 0x66000FFA, "i32x4.mul": 0x660F3840,
             "i32x4.min_s": 0x660F3839, "i32x4.min_u": 0x660F383B, "i32x4.max_s": 0x660F383D, "i32x4.max_u": 0x660F383F,
             "i32x4.eq": 0x66000F76, "i32x4.gt_s": 0x66000F66, "i32x4.dot_i16x8_s": 0x66000FF5, "i64x2.add": 0x66000FD4,
-            "i64x2.sub": 0x66000FFB, "i64x2.eq": 0x660F3829, "v128.and": 0x66000FDB, "v128.or": 0x66000FEB,
+            "i64x2.sub": 0x66000FFB, "i64x2.eq": 0x660F3829, "i64x2.gt_s": 0x660F3837, "v128.and": 0x66000FDB, "v128.or": 0x66000FEB,
             "v128.xor": 0x66000FEF, "f32x4.add": 0x0F58, "f32x4.sub": 0x0F5C, "f32x4.mul": 0x0F59, "f32x4.div": 0x0F5E,
             "f64x2.add": 0x66000F58, "f64x2.sub": 0x66000F5C, "f64x2.mul": 0x66000F59, "f64x2.div": 0x66000F5E}.items()},
         **{name: ("vector_swapped", opcode) for name, opcode in {       # pmin(a, b) is minps b, a
             "f32x4.pmin": 0x0F5D, "f32x4.pmax": 0x0F5F, "f64x2.pmin": 0x66000F5D, "f64x2.pmax": 0x66000F5F,
-            "i8x16.lt_s": 0x66000F64, "i16x8.lt_s": 0x66000F65, "i32x4.lt_s": 0x66000F66, "v128.andnot": 0x66000FDF}.items()},
+            "i8x16.lt_s": 0x66000F64, "i16x8.lt_s": 0x66000F65, "i32x4.lt_s": 0x66000F66, "i64x2.lt_s": 0x660F3837, "v128.andnot": 0x66000FDF}.items()},
         **{name: ("vector_negated", opcode, swapped) for name, (opcode, swapped) in {
             "i8x16.ne": (0x66000F74, False), "i16x8.ne": (0x66000F75, False), "i32x4.ne": (0x66000F76, False),
             "i64x2.ne": (0x660F3829, False), "i8x16.le_s": (0x66000F64, False), "i16x8.le_s": (0x66000F65, False),
             "i32x4.le_s": (0x66000F66, False), "i8x16.ge_s": (0x66000F64, True), "i16x8.ge_s": (0x66000F65, True),
-            "i32x4.ge_s": (0x66000F66, True)}.items()},
+            "i32x4.ge_s": (0x66000F66, True), "i64x2.le_s": (0x660F3837, False), "i64x2.ge_s": (0x660F3837, True)}.items()},
         **{lanes + "x" + count + "." + relation: ("vector_unsigned", extreme, equal, relation in ("gt_u", "lt_u"))
            for lanes, count, least, most, equal in (("i8", "16", 0x66000FDA, 0x66000FDE, 0x66000F74), ("i16", "8", 0x660F383A, 0x660F383E, 0x66000F75),
                                                     ("i32", "4", 0x660F383B, 0x660F383F, 0x66000F76))
