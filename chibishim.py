@@ -7222,6 +7222,14 @@ def clauses_of(block):
     return clauses
 
 
+def past(block):
+    """The block that an empty one leads to: the other arm of an if without else. No loop is empty, as its
+    head counts."""
+    while not block[0] and block[1] == BR:
+        block = block[2]
+    return block
+
+
 def three(slots, to, source):
     """The operands of a copy."""
     return (slots[0], to), (slots[1], source), (slots[2], smaller(to, source))
@@ -7287,19 +7295,19 @@ class Compiler:
         """The blocks that a block leads to, the one to follow it last."""
         _, kind, x, y, z = block
         if kind == BR:
-            return (x,)
+            return (past(x),)
         if kind == BR_IF:
-            return x, z
+            return past(x), past(z)
         if kind in (CALL, CALL_REF):
-            return (z[0],)
+            return (past(z[0]),)
         if kind == BR_TABLE:
-            return tuple({id(b): b for b in x}.values())[::-1]
+            return tuple({id(b): b for b in map(past, x)}.values())[::-1]
         return ()
 
     @classmethod
     def targets(cls, block):
         """Those, and before them the ones where exceptions lead to."""
-        return (*[target for _, _, target, _ in clauses_of(block)], *cls.successors_of(block))
+        return (*[past(target) for _, _, target, _ in clauses_of(block)], *cls.successors_of(block))
 
     def find_effects(self):
         """What the steps of each block are to be compiled by; which variables a block uses and
@@ -7426,7 +7434,7 @@ class Compiler:
             mask = 0
             for key, _ in values:
                 mask |= 1 << key
-            known = self.known_clauses[id(clause)] = tag, wants_reference, self.number[id(block)], values, mask
+            known = self.known_clauses[id(clause)] = tag, wants_reference, self.number[id(past(block))], values, mask
         return known
 
     @staticmethod
@@ -8151,7 +8159,7 @@ class Compiler:
 
     def go(self, block):
         """Jumps to a block that does not come next."""
-        number = self.number[id(block)]
+        number = self.number[id(past(block))]
         if number != self.index + 1:
             self.asm.jump(self.block_labels[number])
 
@@ -8161,7 +8169,7 @@ class Compiler:
     def br_if(self, block):
         _, _, x, y, z = block
         condition = self.condition(y)
-        taken, other = self.number[id(x)], self.number[id(z)]
+        taken, other = self.number[id(past(x))], self.number[id(past(z))]
         if taken == self.index + 1:
             self.asm.jump_if(condition ^ 1, self.block_labels[other])
         else:
@@ -8170,7 +8178,7 @@ class Compiler:
 
     def br_table(self, block):
         _, _, x, y, z = block
-        asm, labels = self.asm, [self.block_labels[self.number[id(target)]] for target in x]
+        asm, labels = self.asm, [self.block_labels[self.number[id(past(target))]] for target in x]
         if z == 0:
             return asm.jump(labels[0])
         index, scratch = self.use(y, 0), self.scratch[0]
