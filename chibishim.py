@@ -7372,7 +7372,7 @@ class Compiler:
         op = getattr(handler, "op", None)
         emitter = op and EMITTERS.get(op.name)
         if emitter is None:
-            if not op or not op.opcode >> 8 == 0xFD:
+            if not op or 0xFD not in (op.opcode >> 8, op.opcode >> 12):         # of one byte or, if relaxed, of two
                 raise Unsupported(op.name if op else handler.__name__)
             emitter = Compiler.vector if op.name in self.asm.VECTORS else Compiler.rare
         params, shape = op.params, op.shape

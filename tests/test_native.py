@@ -413,6 +413,15 @@ def test_vectors_among_arguments_are_compiled_for_every_processor(native, monkey
     assert all(map(is_compiled, instance.functions))
 
 
+def test_relaxed_vector_instructions_do_not_keep_a_function_interpreted(tier):
+    # (func (param v128 v128 v128) (result v128) (f32x4.relaxed_madd (local.get 0) (local.get 1) (local.get 2)))
+    data = module_of(b"\0\x20\0\x20\1\x20\2\xfd\x85\2\x0b", b"\x60\3\x7b\x7b\x7b\1\x7b")
+    tier("native")
+    f = Instance(Module(data)).functions[0]
+    assert f(*[struct.pack("<4f", *values) for values in ((1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12))]) == struct.pack("<4f", 14, 22, 32, 44)
+    assert is_compiled(f)
+
+
 def test_references_are_the_same_objects_after_native_code(native):
     instance = native("""(module (import "h" "pass" (func $pass (param externref) (result externref))) (table $t 2 externref)
       (func (export "f") (param externref externref i32) (result externref externref i32) (local $x externref)
