@@ -125,7 +125,8 @@ class Made:
         self.choose = choose = random.Random(seed)
         self.has_vectors = choose.random() < 0.4
         self.has_floats = self.has_vectors or choose.random() < 0.7
-        self.has_exceptions = choose.random() < 0.3
+        self.throws = choose.random() < 0.2             # often, and traps seldom: most traps come before any handler is reached
+        self.has_exceptions = self.throws or choose.random() < 0.3
         self.has_tail_calls = choose.random() < 0.3
         self.shares = choose.random() < 0.3             # imports its memory, its table and a global
         self.pages, self.limit = choose.choice(((1, 3), (1, 1), (2, 4), (0, 2)) if choose.random() < 0.3 else ((1, 3),))
@@ -271,7 +272,11 @@ class FunctionMaker:
     def address(self, depth):
         """An address, mostly inside of the memory."""
         kind = self.choose.random()
-        if kind < 0.1:
+        if self.module.throws:
+            self.value("i", depth)
+            self.i32(0x7FFF)
+            self.emit("i32.and")
+        elif kind < 0.1:
             self.i32(self.choose.choice((0, 1, PAGE - 16, PAGE - 8, PAGE - 4, PAGE - 3, PAGE - 1, PAGE, 2 * PAGE - 4, 0xFFFFFFFF, 0x7FFFFFFF)))
         elif kind < 0.2:
             self.i32(self.choose.randrange(PAGE))
@@ -283,7 +288,7 @@ class FunctionMaker:
 
     def memarg(self, row):
         align = self.choose.randrange(width_of(row).bit_length())
-        if self.choose.random() < 0.9:
+        if self.module.throws or self.choose.random() < 0.9:
             offset = self.choose.choice((0, 0, 1, 4, 8, 100, 127, 128, 4095))
         else:
             offset = self.choose.choice((4096, PAGE - 8, PAGE, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFF0))
@@ -378,7 +383,7 @@ class FunctionMaker:
             if self.choose.random() < 0.9:
                 self.code += {"i": b"\x41\1", "I": b"\x42\1"}[letter]
                 self.emit({"i": "i32.or", "I": "i64.or"}[letter])
-        elif name[4:9] == "trunc" and "sat" not in name and letter in "iI" and self.choose.random() < 0.7:
+        elif name[4:9] == "trunc" and "sat" not in name and letter in "iI" and (self.module.throws or self.choose.random() < 0.7):
             return self.leaf(letter)            # most trap
         else:
             self.values(params, depth - 1)
@@ -459,7 +464,9 @@ class FunctionMaker:
         """Code that leaves the stack as it is."""
         choose, module = self.choose, self.module
         kind = choose.randrange(24)
-        if kind < 6:
+        if module.throws and depth > 0 and choose.random() < 0.2:
+            self.exception(depth - 1)
+        elif kind < 6:
             letter = choose.choice(module.letters)
             self.value(letter, depth)
             self.take(letter)
@@ -564,7 +571,7 @@ class FunctionMaker:
 
     def end_function(self, depth):
         choose, module = self.choose, self.module
-        if choose.random() < 0.1:
+        if choose.random() < (0.01 if module.throws else 0.1):
             return self.emit("unreachable")
         same = [index for index, (_, results) in enumerate(module.functions) if results == self.results]
         if module.has_tail_calls and same and choose.random() < 0.7:
@@ -581,7 +588,7 @@ class FunctionMaker:
     def element_of(self, index):
         """An index in the table: of a function, or of none. The elements are not known yet."""
         kind = self.choose.random()
-        if kind < 0.9:
+        if kind < 0.9 or self.module.throws:
             # Puts it there first: the operands lie below.
             place = self.choose.randrange(TABLE_SIZE)
             if kind < 0.7:
@@ -642,18 +649,22 @@ class FunctionMaker:
         else:
             self.emit("table.init", 1, 0)
 
+    def throw(self, depth):
+        """Throws if a condition holds."""
+        self.condition(depth)
+        self.emit("if", b"\x40")
+        self.labels.append("")
+        tag = self.choose.randrange(len(self.module.tags))
+        self.values(self.module.tags[tag], depth)
+        self.emit("throw", tag)
+        self.labels.pop()
+        self.emit("end")
+
     def exception(self, depth):
         """Throws, or catches what is thrown inside: a block for each clause, whose values are there after it."""
         choose, module = self.choose, self.module
         if choose.random() < 0.4:
-            self.condition(depth)
-            self.emit("if", b"\x40")
-            self.labels.append("")
-            tag = choose.randrange(len(module.tags))
-            self.values(module.tags[tag], depth)
-            self.emit("throw", tag)
-            self.labels.pop()
-            return self.emit("end")
+            return self.throw(depth)
         clauses = [(choose.randrange(4), choose.randrange(len(module.tags))) for _ in range(choose.randrange(1, 4))]
         carried = [(module.tags[tag] if kind < 2 else "") + "x" * (kind & 1) for kind, tag in clauses]
         self.emit("block", b"\x40")
@@ -666,6 +677,8 @@ class FunctionMaker:
         self.labels.append("")
         for _ in range(choose.randrange(1, 3)):
             self.statement(depth)
+        if choose.random() < 0.5:
+            self.throw(depth)
         self.emit("call", choose.choice([index for index, signature in enumerate(module.functions) if signature == ("", "")]))
         self.emit("end")
         self.labels.pop()
