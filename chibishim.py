@@ -5402,17 +5402,17 @@ class PortableTier:
 # === 14. Processors ===========================================================
 #
 # The C library by name, names of files, and what the native tier wants of a processor: two
-# classes with the same methods, each of which appends one operation to `code`. Registers are the processor's numbers, of
-# integers and of floats; `wide` is 1 for 64 bits and 0 for 32. A 32-bit operation
-# leaves zeros in the upper half of its register, on both processors, so an i32 is held
-# zero-extended and serves as an address as it is.
+# assemblers, classes with the same methods, each of which appends one operation to `code`.
+# Registers are the processor's numbers, of integers and of floats; `wide` is 1 for 64 bits
+# and 0 for 32. A 32-bit operation leaves zeros in the upper half of its register, on both
+# processors, so an i32 is held zero-extended and serves as an address as it is.
 #
-# A comparison sets the flags, and a condition says how to read them: a number that
-# negates by ^ 1. Labels are numbers too; what refers to one is mended by finish().
+# A comparison sets the flags, and a condition says how to read them: a number that ^ 1
+# negates. Labels are numbers too; what refers to one is mended by finish().
 #
-# Of an encoding's parts only the name of the manual's field is said here. (Intel 64
-# and IA-32 Software Developer's Manual, volume 2; Arm Architecture Reference Manual
-# for A-profile, chapter C6)
+# The parts of an encoding are not explained here: where they are named, it is by the field's name
+# in the manual. (Intel 64 and IA-32 Software Developer's Manual, volume 2; Arm Architecture
+# Reference Manual for A-profile, chapters C6 and C7)
 
 FILE_ENCODING = sys.getfilesystemencoding()
 SEEK_SET, SEEK_CUR, SEEK_END = range(3)
@@ -5861,7 +5861,7 @@ class X64(Assembler):
         self.code += self.head(0x8B, 1, d, index, base) + bytes(((d & 7) << 3 | 4, 3 << 6 | (index & 7) << 3 | base))
 
     def store_immediate(self, value, base, offset):
-        """Stores 64 bits, by way of a scratch register if they must."""
+        """Stores 64 bits, by way of a scratch register if need be."""
         if value < 1 << 31 or value >= (1 << 64) - (1 << 31):
             self.indirect(0xC7, 1, 0, base, offset)
             self.code += (value & MAX_U32).to_bytes(4, "little")
@@ -6205,7 +6205,8 @@ class X64(Assembler):
         self.register(0xF2000F5A, 0, d, a)
 
     def from_integer(self, wide, d, a, source_wide, is_signed):
-        """A float of an integer; the register's old value would be waited for."""
+        """A float of an integer. cvtsi2sd keeps the upper bits of its destination, and so would wait for
+        them: the register is zeroed first."""
         prefix = 0xF2000000 if wide else 0xF3000000
         if is_signed or not source_wide:            # a u32 is a positive s64
             self.register(0x0F57, 0, d, d)
@@ -7088,7 +7089,7 @@ def logical_immediate(value, bits):
 # two that are never alive in the same block may share one. The others live in their
 # homes, 8 bytes each on the guest's stack:
 #
-#     higher   arguments of the call, then results beyond the first     (the caller's)
+#     higher   arguments of the call, then its results if several      (the caller's)
 #              return address
 #              callee-saved registers, homes of the variables
 #     lower    arguments of calls made here                             <- stack pointer
@@ -7250,7 +7251,7 @@ class Compiler:
         self.sites = bytearray()        # pairs (return address in the code, offset in the body), packed
         self.trap_labels = {}           # text -> label of what traps with it
         self.traps = []                 # (label, text, at): one place for each access, behind the code
-        self.cold = []                  # (label, continue label, step, reads, write, live) …
+        self.cold = []                  # (label, label to come back to, step, reads, write, number of the block) …
         self.loops = []                 # (head, offset in the code, mask of what is alive there, types of its operands)
         self.known_clauses = {}         # id of a catch clause -> what clause() says of it
         self.clauses = {}               # return address in the code -> [what clause() says]
@@ -8350,7 +8351,7 @@ EMITTERS = emitters()
 
 class Layout:
     """Where a call's arguments and, if there are several, its results lie on the stack, in
-    bytes from the stack pointer."""
+    bytes from the stack pointer; vectors at multiples of 16."""
 
     __slots__ = ("params", "results", "size")
 
@@ -8358,7 +8359,7 @@ class Layout:
         offset, places = 0, []
         for value in type.params + (type.results if len(type.results) > 1 else ()):
             if value == V128:
-                offset = offset + 15 & -16          # which aarch64 can say of a vector
+                offset = offset + 15 & -16          # aarch64 scales a vector's offset by its size
             places.append(offset)
             offset += 16 if value == V128 else 8
         self.params, self.results, self.size = places[:len(type.params)], places[len(type.params):] or [0], offset + 15 & -16 or 16
@@ -8384,7 +8385,7 @@ class Machine:
         self.ctypes = _ctypes
         self.assembler = assembler_here()
         long = c_type("l")
-        # Python's own lock is kept: native code is short of nothing but time.
+        # The global interpreter lock is kept: no other thread may change what native code works on.
         self.function_type = type("NativeFunction", (_ctypes.CFuncPtr,), {
             "_flags_": _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI, "_restype_": long, "_argtypes_": (long,) * 3})
         self.process = os.getpid()      # in a fork of it, the code's pages are still the parent's
@@ -8512,8 +8513,8 @@ def host_stack_bytes(_ctypes):
 
 
 def libc_map(fd, size, protection):
-    """mmap(2) of a file that Python cannot give the address of; MAP_SHARED."""
-    return libc.mmap(None, size, protection, 1, fd, 0) & MAX_U64
+    """mmap(2) of a file, shared; of a mapping that is not writable, the mmap module cannot give the address."""
+    return libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0) & MAX_U64
 
 
 def assembler_here():
