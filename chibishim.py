@@ -12087,9 +12087,11 @@ class Filter:
 
 # === 20. Cgroups ==============================================================
 #
-# A container's control group: one directory in the unified hierarchy (cgroups(7),
-# version 2), or one in each hierarchy of version 1, or both on a hybrid system.
-# Limits are written before any process enters, so they hold before guest code runs.
+# linux.cgroupsPath and linux.resources in, a container's control group out: one directory
+# in the unified hierarchy (cgroups(7), version 2), or one in each hierarchy of version 1,
+# or both on a hybrid system. Limits are written before any process enters, so they hold
+# before guest code runs; one that cannot be is an error. While the container lives, its
+# group answers who is inside, what it uses, and whether memory has run out.
 
 # field of linux.resources -> (controller, file of version 1, file of version 2), in the order of writing
 LIMITS = {
@@ -12810,9 +12812,8 @@ def read_reply(fd):
             raise BusError(errno.EMSGSIZE, "a message of %d bytes" % (size + fields))
         rest = yield from read_bus(fd, fields + size)
         if head[1] == BUS_ERROR:        # its name is one of the fields, its text a string of the body
-            words = [rest[:fields], rest[fields + 4:-1]]
-            name = words[0][words[0].find(b"org."):].split(b"\0")[0]
-            raise BusError(errno.EIO, "%s: %s" % tuple(word.decode("utf-8", "replace") for word in (name, words[1])))
+            name = rest[rest.find(b"org."):fields].split(b"\0")[0]
+            raise BusError(errno.EIO, "%s: %s" % (name.decode("utf-8", "replace"), rest[fields + 4:-1].decode("utf-8", "replace")))
         if head[1] == BUS_RETURN:
             return
 
@@ -12858,9 +12859,11 @@ def bus_write(out, type, value):
         struct.pack_into("<I", out, place - 4, len(out) - start)
 
 
-# cgroup version 2 has no device list: an eBPF program answers for each access. Its
-# context is {u32 access_type << 16 | device type, u32 major, u32 minor}; it returns
-# 1 to allow (bpf(2); kernel.org, cgroup-v2, Device controller).
+# -- devices of version 2 --
+#
+# It has no device list: an eBPF program answers for each access. Its context is {u32 access_type << 16
+# | device type, u32 major, u32 minor}; it returns 1 to allow (bpf(2); kernel.org, cgroup-v2, Device
+# controller).
 
 SYS_BPF = {"x86_64": 321, "i686": 357, "aarch64": 280, "armv7l": 386, "riscv64": 280, "s390x": 351, "ppc64le": 361,
            "loongarch64": 280}
@@ -12949,9 +12952,11 @@ IOPRIO_WHO_PROCESS = 1
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_CLONE3, SYS_MOUNT_SETATTR = 428, 429, 435, 442      # the same everywhere
 CLONE_INTO_CGROUP = 1 << 33
 AT_EMPTY_PATH, MOUNT_ATTR_RDONLY, MOUNT_ATTR_IDMAP = 0x1000, 1, 0x100000
-COPY_AT_ONCE = 1 << 24
+COPY_AT_ONCE = 1 << 24                  # bytes in one sendfile(2)
 AT_FDCWD, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = -100, 0x8000, 1, 4, 0x40
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
+TIOCSCTTY, TIOCSWINSZ, TIOCGPTPEER, SCM_RIGHTS = 0x540E, 0x5414, 0x5441, 1
+# what may be mounted over in a container's /proc, as runc: what lxcfs stands in for, and two parameters
 PROC_TARGETS = ("/proc/cpuinfo", "/proc/diskstats", "/proc/meminfo", "/proc/stat", "/proc/swaps", "/proc/uptime",
                 "/proc/loadavg", "/proc/slabinfo", "/proc/net/dev", "/proc/sys/kernel/ns_last_pid", "/proc/sys/crypto/fips_enabled")
 
@@ -14062,10 +14067,6 @@ def early_module(data):
         return Module(data)
     except WasmError:
         return None
-
-
-TIOCSCTTY, TIOCSWINSZ, TIOCGPTPEER = 0x540E, 0x5414, 0x5441
-SCM_RIGHTS = 1
 
 
 # === 22. Task service =========================================================
