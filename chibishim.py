@@ -13947,6 +13947,25 @@ def reset_signals():
     _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
 
 
+FILE_LIMITS = []                        # RLIMIT_NOFILE as it was before raise_file_limit: (soft, hard)
+
+
+def raise_file_limit():
+    """As many descriptors as the hard limit allows."""
+    import resource
+    if not FILE_LIMITS:
+        FILE_LIMITS.append(resource.getrlimit(resource.RLIMIT_NOFILE))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FILE_LIMITS[0][1], FILE_LIMITS[0][1]))
+
+
+def restore_file_limit():
+    """Gives a child what the shim had: there are programs that loop over all that they may have, or use
+    select(2), which ends at 1024. After its further descriptors are closed, as new ones must be below."""
+    for limits in FILE_LIMITS:
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def fork_program(path, words, environment, descriptors):
     """Forks a program that has these descriptors, as 0, 1 and so on, and no others; returns its pid."""
     pid = os.fork()
@@ -13956,6 +13975,7 @@ def fork_program(path, words, environment, descriptors):
             for target, fd in enumerate([fcntl.fcntl(fd, fcntl.F_DUPFD, len(descriptors)) for fd in descriptors]):
                 os.dup2(fd, target)
             close_all_but(*range(len(descriptors)))
+            restore_file_limit()
             os.execve(path, words, environment)
         finally:
             os._exit(127)
@@ -13978,6 +13998,7 @@ def leave_shim(setup, stdio):
         if setup.adopted and not setup.is_inside:       # else the shim moves it, which takes longer
             setup.cgroup.enter(0, setup.cgroup.unified)
     close_all_but(0, 1, 2, setup.status, setup.gate, *{setup.console, setup.report} - {-1}, *setup.trees, *setup.keep)
+    restore_file_limit()
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
@@ -14115,6 +14136,7 @@ FORK_S = 10                             # for all that comes before a fork into 
 COPY_BYTES = 65536
 PIECES_IN_A_ROW = 16                    # then others have their turn: a flood of output stalls nobody
 EXPECT_S = 30                           # between a container's `start` and its Create, at most
+MANY_CONTAINERS = 64                    # each has up to eight descriptors; 1024 are the soft limit of systemd's services
 
 
 def timestamp(seconds):
@@ -14911,6 +14933,8 @@ class TaskService:
             raise RpcError(INVALID_ARGUMENT, "container id %r: use letters, digits, and _ + - . after the first" % id[:100])
         if request["checkpoint"]:
             raise RpcError(UNIMPLEMENTED, "restoring a checkpoint is not supported")
+        if len(self.containers) >= MANY_CONTAINERS:
+            raise_file_limit()
         if self.runs_wasm and not self.is_warm:
             self.warm_up()
         container = Container(id, request["bundle"])

@@ -775,6 +775,33 @@ def test_a_pause_that_does_not_take_hold_is_an_error():
     assert (Stubborn.asked, events, service.container("c").state(container.init)) == ([True, False], [], chibishim.RUNNING)
 
 
+def file_limits(pid):
+    with open("/proc/%d/limits" % pid) as file:
+        return next(line.split()[3:5] for line in file if line.startswith("Max open files"))
+
+
+@needs_busybox
+def test_a_shim_of_many_may_have_as_many_descriptors_as_there_are_and_it_alone(bundle, monkeypatch):
+    """Its containers and hooks have the limit that it had."""
+    soft = 8 * chibishim.MANY_CONTAINERS
+    bundle.prefix = [sys.executable, "-c", "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d)); "
+                                           "os.execv(sys.argv[1], sys.argv[1:])" % (soft, 2 * soft)]
+    bundle.start().create()
+    shim = bundle.call("Connect")["shim_pid"]
+    others = [joined(bundle) for _ in range(chibishim.MANY_CONTAINERS - 1)]
+    assert file_limits(shim) == [str(soft), str(2 * soft)]
+    note = os.path.join(bundle.directory, "note")
+    monkeypatch.setattr(chibishim, "default_config", lambda *words, make=chibishim.default_config: {
+        **make(*words), "hooks": {"createRuntime": [{"path": "/bin/busybox", "args": ["sh", "-c", "ulimit -Sn > " + note]}]}})
+    others.append(joined(bundle))
+    pid = others[-1].call("State")["pid"]
+    assert (file_limits(shim), file_limits(pid)) == ([str(2 * soft)] * 2, [str(soft), str(2 * soft)])
+    with open(note) as file:
+        assert file.read() == "%d\n" % soft
+    for one in [bundle] + others:
+        one.call("Delete")
+
+
 @pytest.mark.parametrize("more", ["hooks", "logger", ""])
 def test_a_shim_without_descriptors_loses_none_and_waits(bundle, more):
     """L5, L12, T7: each Create that found none had lost two, and connections that could not be accepted kept
