@@ -14094,8 +14094,9 @@ def early_module(data):
 #
 # containerd.task.v2.Task (v3 is the same) for any number of containers in one shim.
 # A handler is a method with the call's name; it takes the decoded request and returns
-# the response's dict, or it is a generator that waits on the loop first. Its refusals
-# are RpcErrors with the codes that runc's shim uses, for clients act on them.
+# the response's dict, or it is a generator that waits on the loop first: between two of
+# its yields nobody else changes anything, after one everything may have changed. Its
+# refusals are RpcErrors with the codes that runc's shim uses, for clients act on them.
 
 CREATED, RUNNING, STOPPED, PAUSED = 1, 2, 3, 4
 # what a client's options may be: containerd.runc.v1.Options for any runtime, or what it sends up to 1.7
@@ -14405,7 +14406,7 @@ def has_reader(fd):
 
 
 def keep_log(bundle):
-    """Goes on in this bundle's log, if nobody reads the last one: the container that it came with has gone."""
+    """Goes on in this bundle's log if nobody reads the present one any more: its container has gone."""
     try:
         if not has_reader(2):
             fd = os.open(join_path(bundle, "log"), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -15079,7 +15080,7 @@ class TaskService:
             setup.mappings[maps] = fd_path(made[-1])
 
     def await_ready(self, container, process, spec):
-        """Waits until nothing is left to do but the payload, and does what is not for the child to do."""
+        """Waits until the child has nothing left to do but to run its payload, and does what is not for it to do."""
         letter = yield from self.hear(process)
         if letter == b"L":
             os.set_blocking(process.gate, False)
@@ -15616,12 +15617,12 @@ def fork_inside(setup):
 
 
 def is_dead(process):
-    """Whether a process has ended; reaped or not, which decides whether its pid is its own."""
+    """Whether a process has ended, reaped or not: what was looked up by its pid before may then be another's."""
     return process.pidfd < 0 or bool(wait_for({process.pidfd: select.POLLIN}, 0))
 
 
 def valid_id(id):
-    """Container and exec ids become file names: the rule of containerd's identifiers."""
+    """Container and exec ids become file names: the characters that runc allows; containerd allows fewer."""
     return 0 < len(id) <= 1024 and id[0].isalnum() and all(c.isalnum() and c.isascii() or c in "_+-." for c in id)
 
 
@@ -16233,7 +16234,7 @@ class Shim:
         self.loop.run(lambda: not (self.events and self.is_heard()) and not self.unsent() or time.monotonic() > deadline)
 
     def is_heard(self):
-        """Whether somebody may take our events: there is a socket of containerd's."""
+        """Whether somebody may yet take our events: a socket of containerd's is there."""
         return exists(self.events_path) or exists(self.flags["address"])
 
     def unsent(self):
@@ -16274,7 +16275,7 @@ class Shim:
             yield readable(self.listener.fileno())
             try:
                 fd, _ = self.listener._accept()
-            except OSError:             # the caller has gone, or no descriptor is left: he stays in the backlog
+            except OSError:             # the caller has gone; or no descriptor is left, and he stays in the backlog
                 yield None, ACCEPT_PAUSE_S
                 continue
             peer = _socket.socket(fileno=fd)
@@ -16330,7 +16331,7 @@ class Shim:
         connection.send(body)
 
     def publish(self, topic, name, message):
-        """Queues an event; the oldest one but exits goes when the queue is full."""
+        """Queues an event. If the queue is full the oldest one goes that is no exit, which somebody waits for."""
         event = any_of(EVENT_TYPES + name, name, message)
         self.events.append((topic, event, encode("ForwardRequest", {"envelope": {
             "timestamp": timestamp(time.time()), "namespace": self.flags["namespace"], "topic": topic, "event": event}})))
