@@ -16996,8 +16996,10 @@ def write_image(output, name, module, reference, os_name, architecture):
     manifest = blob("manifest.v1+json", json.dumps({
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": [layer]}).encode())
     manifest["platform"] = {"os": os_name, "architecture": architecture}
-    manifest["annotations"] = {"io.containerd.image.name": reference,
-                               "org.opencontainers.image.ref.name": reference.rpartition(":")[2]}
+    manifest["annotations"] = {"io.containerd.image.name": reference}
+    tag = reference.rpartition("/")[2].partition("@")[0].partition(":")[2]
+    if tag:                             # for those who take the name from elsewhere
+        manifest["annotations"]["org.opencontainers.image.ref.name"] = tag
     index = json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode()
     write_file(output, archive([("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), ("index.json", index)] + blobs))
 

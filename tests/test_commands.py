@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import json
 import os
 import shutil
 import signal
@@ -379,12 +380,15 @@ def test_an_image_that_finds_no_room_is_said():
     assert b"/dev/full: No space left" in complaint(run("image", HELLO, "-o", "/dev/full"), 1)
 
 
-@pytest.mark.parametrize("reference", ["hello", "a/b", "a/b:1.0_x", "localhost:5000/a", "[::1]:5000/a/b:1", "Example.org/a--b__c.d:T",
-                                       "a@sha256:" + "0" * 64])
-def test_an_image_s_name_is_kept(tmp_path, reference):
+@pytest.mark.parametrize("reference, tag", [
+    ("hello", None), ("a/b", None), ("a/b:1.0_x", "1.0_x"), ("localhost:5000/a", None), ("[::1]:5000/a/b:1", "1"),
+    ("Example.org/a--b__c.d:T", "T"), ("a@sha256:" + "0" * 64, None)])
+def test_an_image_s_name_is_kept(tmp_path, reference, tag):
+    """And its tag, as OCI's annotations have it; a registry's port is none."""
     assert run("image", HELLO, "-o", tmp_path / "o", "-t", reference).returncode == 0
     with tarfile.open(tmp_path / "o") as image:
-        assert b'"io.containerd.image.name": "%s"' % reference.encode() in image.extractfile("index.json").read()
+        annotations = json.load(image.extractfile("index.json"))["manifests"][0]["annotations"]
+    assert annotations == {"io.containerd.image.name": reference, **({"org.opencontainers.image.ref.name": tag} if tag else {})}
 
 
 @pytest.mark.parametrize("reference", ["", "a b", "A", "a/B:1", "a:", "/a", "a//b", "a:b:c", "\u00e9", "-a", "a-"])
