@@ -16589,8 +16589,8 @@ DEFAULT_MOUNTS = (
     ("/dev/shm", "tmpfs", "shm", ("nosuid", "noexec", "nodev", "mode=1777", "size=65536k")),
 )
 DEFAULT_MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/scsi"]
-FORWARDED_SIGNALS = (SIGHUP, SIGINT, 3, 10, 12, 14, SIGTERM)    # and SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM
 DEFAULT_READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+FORWARDED_SIGNALS = (SIGHUP, SIGINT, 3, 10, 12, 14, SIGTERM)    # and SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM
 
 
 def parse_options(words, known, flags=()):
@@ -17130,6 +17130,7 @@ def parse_bound(options, name, number, limit):
     return bound
 
 
+HELP = ("--help", "-h")
 COMMANDS = {"run": command_run, "container": command_container, "image": command_image, "inspect": command_inspect}
 
 
@@ -17140,10 +17141,10 @@ def main(argv):
     try:
         if sys.version_info < (3, 10):
             raise UsageError("this takes CPython 3.10 or later, and is run by %s" % sys.version.split()[0])
-        if words and words[0].startswith("-") and words[0] not in ("--help", "-h"):
+        if words and words[0].startswith("-") and words[0] not in HELP:
             return shim_main(words)
         default_signals()
-        if not words or words[0] in ("--help", "-h", "help") or "--help" in words[1:2]:
+        if not words or words[0] in ("help", *HELP) or words[1:2] and words[1] in HELP:
             write_lines((USAGE % program).splitlines())
             return 0 if words else 2
         if words[0] not in COMMANDS:

@@ -73,6 +73,11 @@ def running(word):
 PRINTING = [["--help"], ["-v"], ["inspect", HELLO], ["inspect", "--disassemble", HELLO]]
 
 
+@pytest.mark.parametrize("words", [["help"], ["-h"], ["run", "-h"], ["image", "--help"]], ids=" ".join)
+def test_help_is_had_by_every_usual_word(words):
+    assert run(*words).stdout == run("--help").stdout
+
+
 @pytest.mark.parametrize("words", PRINTING, ids=" ".join)
 def test_a_closed_or_full_stdout_is_said(words):
     for options in {"preexec_fn": lambda: os.close(1)}, {"stdout": open("/dev/full", "wb")}:
