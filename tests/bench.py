@@ -19,8 +19,8 @@ import time
 
 import containerd as peers
 import run_programs
-import test_shim
 from archives import image_of
+from bundles import GROUP, Bundle
 from conftest import ROOT, SHARED
 from containerd import MODULES, RUNTIME, SHIM, Containerd
 
@@ -225,7 +225,7 @@ def part_pods(images, count=10):
     with tempfile.TemporaryDirectory(prefix="chibi", dir="/run") as directory:
         bundles = []
         for _ in range(count):
-            bundles.append(test_shim.Bundle(directory))
+            bundles.append(Bundle(directory))
             bundles[-1].config["annotations"] = {"io.containerd.runc.v2.group": "p0"}
             bundles[-1].start()
             times.append(clock(lambda: (bundles[-1].create(), bundles[-1].call("Start"))))
@@ -236,7 +236,7 @@ def part_pods(images, count=10):
             bundle.call("Delete")
             bundle.command("delete")
         bundles[0].send("Shutdown", {"id": bundles[0].id})
-        for parent in glob.glob("/sys/fs/cgroup/*/" + test_shim.GROUP) + glob.glob("/sys/fs/cgroup/" + test_shim.GROUP):
+        for parent in glob.glob("/sys/fs/cgroup/*/" + GROUP) + glob.glob("/sys/fs/cgroup/" + GROUP):
             os.rmdir(parent)
     print("  Create and Start, by themselves %20.2f ms; of the first %.2f" % (statistics.median(times[1:]) * 1e3, times[0] * 1e3))
 

@@ -11,6 +11,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(ROOT, os.environ.get("SHARED", "../shared"))
 sys.path.insert(0, ROOT)
+pytest_plugins = ["bundles"]            # its fixtures are everybody's
 
 
 @pytest.fixture(scope="session")

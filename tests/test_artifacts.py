@@ -15,11 +15,10 @@ import pytest
 import chibishim
 import containerd as peers
 from archives import artifact_of
+from bundles import process_of
 from chibishim import HeaderReader, decode, encode, http2_frame, unhuffman
 from containerd import MODULES, PREFIX, RUNTIME
 from soak import descriptors
-from test_life import process_of
-from test_shim import bundle            # noqa: F401 (a fixture)
 
 HELLO = open(os.path.join(MODULES, "hello.wasm"), "rb").read()
 COMPONENT = b"\0asm\x0d\0\1\0" + bytes(100)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import chibishim
-from test_shim import bundle, cgroup_file, limited, needs_busybox, status_of         # noqa: F401 (fixtures)
+from bundles import cgroup_file, needs_busybox, status_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of a container's confinement is tested")
 SPACES = {"pid": "pid", "network": "net", "mount": "mnt", "ipc": "ipc", "uts": "uts", "cgroup": "cgroup", "user": "user"}

@@ -16,10 +16,10 @@ import time
 import pytest
 
 import chibishim
+from bundles import Bundle, logger_of, needs_busybox, process_of
 from chibishim import RpcError, decode, encode
 from conftest import ROOT, until
 from containerd import MODULES
-from test_shim import Bundle, bundle, logger_of, needs_busybox          # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="*** not root: NOTHING of a task's life is tested")
 
@@ -120,10 +120,6 @@ def heard(bundle, monkeypatch):
     containerd = Containerd(bundle.directory).start()
     yield containerd
     containerd.stop()
-
-
-def process_of(bundle, *arguments):
-    return {"value": json.dumps(dict(bundle.config["process"], args=["/guest.wasm", *arguments])).encode()}
 
 
 def joined(bundle):

@@ -18,9 +18,9 @@ import time
 import pytest
 
 import chibishim
+from bundles import status_of
 from chibishim import ConfigError, OCI_FIELDS, Setup, X32_BIT, check_fields, perform, plan_process, plan_seccomp, syscall_numbers
 from conftest import ROOT
-from test_shim import bundle, mapped, status_of         # fixtures, and a line of /proc/PID/status
 
 MACHINE = os.uname().machine
 AUDIT = {"X86_64": 0xC000003E, "X32": 0xC000003E, "X86": 0x40000003, "AARCH64": 0xC00000B7, "ARM": 0x40000028, "RISCV64": 0xC00000F3}
