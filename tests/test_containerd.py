@@ -404,6 +404,6 @@ def test_a_terminal_has_a_name_inside_and_is_the_console(daemon, native, id):
 def test_an_exec_has_a_terminal_of_the_containers(daemon, native, id):
     daemon.ctr("run", "-d", "--runtime", RUNTIME, NATIVE, id, "/bin/busybox", "sleep", "1000", check=True)
     text, status = in_terminal(daemon, "task", "exec", "-t", "--exec-id", "x1", id, "/bin/busybox", "sh", "-c",
-                               "busybox tty; until [ \"$(busybox stty size)\" != '0 0' ]; do busybox sleep 0.1; done; busybox stty size",
-                               rows=33, columns=101)
+                               "busybox tty; for i in $(busybox seq 600); do busybox stty size 2>&- && break; busybox sleep 0.1; done",
+                               rows=33, columns=101)     # ctr tells of the size when the exec has been started
     assert (text.split(), status) == ([b"/dev/pts/0", b"33", b"101"], 0)
