@@ -12174,6 +12174,16 @@ class Cgroup:
             if path != self.unified:
                 write_text(join_path(path, "tasks"), "0")
 
+    def entrance(self, pid):
+        """The group that another process of the container can enter: this one or, where that has given
+        its controllers to groups below, as systemd does, the one that process `pid` is in now:
+        cgroups(7), the "no internal processes" rule."""
+        if self.unified and read_text(join_path(self.unified, "cgroup.subtree_control"), ""):
+            for path in directories_in(self.unified):
+                if str(pid) in read_text(join_path(path, "cgroup.procs"), "").split():
+                    return Cgroup({**self.directories, "": path})
+        return self
+
     def pids(self):
         """The processes inside, children's groups included, as this pid namespace numbers them."""
         found = set()
@@ -15042,7 +15052,10 @@ class TaskService:
             made.append(child_status)
             child_gate, process.gate = os.pipe2(os.O_CLOEXEC)
             made.append(child_gate)
-            setup = Setup(container.cgroup, hooks, limits, child_status, child_gate)
+            cgroup = container.cgroup
+            if cgroup and process.id:
+                cgroup = cgroup.entrance(container.init.pid)
+            setup = Setup(cgroup, hooks, limits, child_status, child_gate)
             setup.keep, setup.console = list(keep), process.io.child_console
             if spaces.get("user") == "":
                 made.append(make_user_namespace(*maps))
@@ -15066,7 +15079,7 @@ class TaskService:
         process.io.forked(self.loop)
         try:
             if not setup.is_inside and not setup.adopted:
-                container.cgroup.enter(pid, container.cgroup.unified)
+                cgroup.enter(pid, cgroup.unified)
             self.answer(process)
         except ProcessLookupError:
             pass                        # it has died, and its status pipe tells why

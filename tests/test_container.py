@@ -782,6 +782,17 @@ def pretended(directory, version, **contents):
     return chibishim.LimitedCgroup(dict.fromkeys(controllers, str(directory)))
 
 
+@pytest.mark.parametrize("controllers, inside, found", [("", "b", ""), ("memory", "", ""), ("memory", "a", "/a"), ("memory pids", "b", "/b"), ("memory", "b/c", "/b/c")])
+def test_an_exec_enters_the_group_of_init_where_the_container_s_own_takes_nobody(tmp_path, controllers, inside, found):
+    """cgroups(7), the "no internal processes" rule: systemd and Docker make groups below their own."""
+    group = chibishim.Cgroup({"": str(tmp_path), "name=systemd": "/elsewhere"})
+    (tmp_path / "cgroup.subtree_control").write_text(controllers + "\n")
+    for name in "a", "b", "b/c":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cgroup.procs").write_text("7\n" + "1234\n" * (name == inside))
+    assert group.entrance(1234).directories == {"": str(tmp_path) + found, "name=systemd": "/elsewhere"}
+
+
 def block_io(name, **item):
     return {"blockIO": {name: [dict(DISK, **item)]}}
 
