@@ -14087,6 +14087,8 @@ def container_main(process, steps, setup):
             os.execve(program, process["args"], dict(pair.split("=", 1) for pair in environment if "=" in pair))
         except OSError as error:
             raise ContainerError("exec %s: %s" % (program, error.strerror.lower())) from None
+    import _signal
+    _signal.signal(SIGCHLD, _signal.SIG_IGN)        # orphans of native execs come to init: the kernel reaps them, wait(2)
     os.close(setup.status)
     os.close(setup.gate)
     return run_command(module or program, process["args"], environment, [("/", "/")], function)

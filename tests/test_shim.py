@@ -136,6 +136,19 @@ def test_an_exec_enters_a_container_that_gave_its_controllers_to_groups_below(bu
 
 
 @needs_busybox
+def test_the_orphans_of_an_exec_are_reaped_though_init_is_wasm(bundle):
+    "L5: as zombies they counted for pids.max until the container's end"
+    shutil.copy("/bin/busybox", os.path.join(bundle.path, "rootfs"))
+    pid = bundle.start().create()
+    bundle.call("Start")
+    process = dict(bundle.config["process"], args=["/busybox", "sh", "-c", "(/busybox sleep 0.5 &)"])
+    bundle.call("Exec", exec_id="x", spec={"value": json.dumps(process).encode()})
+    bundle.call("Start", exec_id="x")
+    assert bundle.call("Wait", exec_id="x")["exit_status"] == 0
+    until(lambda: chibishim.read_text("/proc/%d/task/%d/children" % (pid, pid)) == "")
+
+
+@needs_busybox
 def test_without_pivot_root_the_container_sees_its_own_root_only(bundle):
     pid, run = unpivoted(bundle)
     assert set(run("ls", "/").stdout.split()) == set(os.listdir(os.path.join(bundle.path, "rootfs")))
