@@ -16780,10 +16780,16 @@ def require_utf8(*words):
 
 
 def write_file(path, data):
-    """A file of any size; the OSError names it, also where the disk is full."""
+    """A file of any size; the OSError names it, also where the disk is full. Half of it is not left."""
     try:
-        with open(path, "wb") as file:
-            file.write(data)
+        with open(path, "wb", buffering=0) as file:
+            try:
+                while data:
+                    data = data[file.write(data):]
+            except OSError:
+                if is_file(path):
+                    os.unlink(path)
+                raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
 

@@ -385,6 +385,13 @@ def test_an_image_that_finds_no_room_is_said():
     assert b"/dev/full: No space left" in complaint(run("image", HELLO, "-o", "/dev/full"), 1)
 
 
+@needs_root
+def test_half_an_image_is_not_left(tmp_path):
+    small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=4k none "$0" && "$@"; status=$?; ls "$0"; exit $status', tmp_path]
+    done = subprocess.run([*small, *SHIM, "image", HELLO, "-o", tmp_path / "o"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    assert b"/o: No space left" in complaint(done, 1)
+
+
 @pytest.mark.parametrize("reference, tag", [
     ("hello", None), ("a/b", None), ("a/b:1.0_x", "1.0_x"), ("localhost:5000/a", None), ("[::1]:5000/a/b:1", "1"),
     ("Example.org/a--b__c.d:T", "T"), ("a@sha256:" + "0" * 64, None)])
