@@ -214,21 +214,31 @@ def build(output, python, compilers, required):
         compiled.setdefault(magic, (compiler, code, sizes))
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     temporary = output + ".new"
-    with open(temporary, "wb") as file:
-        file.write(first)
-        with zipfile.ZipFile(file, "w") as archive:
-            table = {}
-            for magic in sorted(compiled):
-                _, code, sizes = compiled[magic]
-                add(archive, "code/" + magic, code)
-                start = file.tell() - len(code)
-                table[magic] = [start + sum(sizes[:stage]) for stage in range(len(sizes) + 1)]
-            after = [()] + [numbers for _, numbers in STAGES]
-            add(archive, "__main__.py", ("CODE = %r\nAFTER = %r\n" % (table, after) + MAIN).encode())
-            add(archive, "chibishim.py", source, zipfile.ZIP_DEFLATED)
-    os.chmod(temporary, 0o755)
-    os.replace(temporary, output)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(first)
+            write_archive(file, compiled, source)
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, output)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        sys.exit("build_zipapp: --output %s: %s" % (output, error.strerror))
     return [compiled[magic][0] for magic in sorted(compiled)]
+
+
+def write_archive(file, compiled, source):
+    """Writes the members; __main__.py knows where in the file the code objects are."""
+    table = {}
+    with zipfile.ZipFile(file, "w") as archive:
+        for magic in sorted(compiled):
+            _, code, sizes = compiled[magic]
+            add(archive, "code/" + magic, code)
+            start = file.tell() - len(code)
+            table[magic] = [start + sum(sizes[:stage]) for stage in range(len(sizes) + 1)]
+        after = [()] + [numbers for _, numbers in STAGES]
+        add(archive, "__main__.py", ("CODE = %r\nAFTER = %r\n" % (table, after) + MAIN).encode())
+        add(archive, "chibishim.py", source, zipfile.ZIP_DEFLATED)
 
 
 def add(archive, name, data, method=zipfile.ZIP_STORED):

@@ -4,6 +4,7 @@ import builtins
 import dis
 import marshal
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,13 @@ def test_an_interpreter_that_is_named_must_be_there(tmp_path):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "build_zipapp.py"), "--output", str(tmp_path / "shim"),
                            "--compile-for", "/absent/python3"], stderr=subprocess.PIPE)
     assert done.returncode != 0 and b"/absent/python3" in done.stderr
+
+
+def test_an_archive_that_finds_no_room_is_said_and_not_left(tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "build_zipapp.py"), "--output", str(tmp_path / "shim"), "--no-compile"],
+                          stderr=subprocess.PIPE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
+    assert done.returncode == 1 and done.stderr == b"build_zipapp: --output %s/shim: File too large\n" % bytes(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("options", [["--python", "python3"], ["--python", "/a b/python3"], ["--compile-for", "/bin/true"],
