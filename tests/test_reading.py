@@ -6,7 +6,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 
 import pytest
 
@@ -349,9 +348,8 @@ def test_a_timeout_ends_computing_and_waiting(wat, tmp_path, name):
       (memory (export "memory") 1) (func (export "spin") (loop (br 0)))
       (func (export "sleep") (i64.store (i32.const 24) (i64.const 99000000000))
         (drop (call $poll (i32.const 0) (i32.const 100) (i32.const 1) (i32.const 200)))))"""))
-    start = time.monotonic()
     done = run("run", "--timeout=0.2", "--invoke=" + name, path)
-    assert done.returncode == 134 and time.monotonic() - start < 20
+    assert done.returncode == 134
     assert re.match(r"error: trap: timeout after 0\.2 s\n   0: +0x[0-9a-f]+ - %s\n$" % name, done.stderr.decode())
 
 
