@@ -16531,13 +16531,13 @@ def shim_delete(flags):
     number of times, and concerns this one container only: its pod's daemon may be alive."""
     bundle = flags.get("bundle") or join_path(directory_of(os.getcwd()), flags["id"])
     records = [line.split(" ", 2) for line in read_text(join_path(bundle, "init.pid"), "").splitlines()]
-    pid = next((int(words[1]) for words in records if words[0] == "init"), 0)
+    pid, started = next(((int(words[1]), words[2]) for words in records if words[0] == "init"), (0, ""))
     if records:
         cgroup = Cgroup({words[1]: words[2] for words in records if words[0] == "cgroup"})
         for _ in cgroup.kill():         # first, as it thaws a paused container
             time.sleep(0.005)
-        if ["init", str(pid), str(process_start_time(pid))] in records:
-            kill_process(pid)
+        if pid:
+            kill_process(pid, started)
         for _ in range(100):
             if cgroup.remove():
                 break
@@ -16560,16 +16560,18 @@ def run_poststop(id, bundle, pid):
         report("poststop: %s" % error)
 
 
-def kill_process(pid):
-    """SIGKILL, and until the process is gone or a second is over."""
+def kill_process(pid, started):
+    """SIGKILL for the process that started then, and until it is gone or a second is over. Another one
+    may have its pid now, but not any more when there is a descriptor of it."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     import _signal
     try:
-        _signal.pidfd_send_signal(pidfd, SIGKILL)
-        wait_for({pidfd: select.POLLIN}, 1)
+        if str(process_start_time(pid)) == started:
+            _signal.pidfd_send_signal(pidfd, SIGKILL)
+            wait_for({pidfd: select.POLLIN}, 1)
     except ProcessLookupError:
         pass
     finally:

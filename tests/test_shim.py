@@ -933,6 +933,20 @@ def test_a_killed_shim_leaves_no_scope(scoped):
     os.kill(scoped.call("Connect")["shim_pid"], 9)
 
 
+@pytest.mark.parametrize("later, status", [(0, -9), (1, None)], ids=["init", "another"])
+def test_delete_kills_init_and_nobody_who_has_its_pid_now(bundle, later, status):
+    "L4"
+    process = subprocess.Popen(["sleep", "100"])
+    try:
+        with open(os.path.join(bundle.path, "init.pid"), "w") as file:
+            file.write("init %d %d\n" % (process.pid, chibishim.process_start_time(process.pid) - later))
+        assert bundle.command("delete").returncode == 0
+        assert process.poll() == status
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_the_guest_dies_with_its_shim(bundle):
     "L4"
     pid = bundle.start().create()
