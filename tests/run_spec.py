@@ -2,15 +2,15 @@
 
     python tests/run_spec.py [-v] [GROUP | GROUP/FILE | DIRECTORY]…
 
-The archive is unpacked once, into a folder of the temporary directory that is named
-after its hash. Every command of a file is one assertion; it passes, fails, or is not
-applicable, which is always counted and said: the text format (this engine reads
-binaries), and assertions of old versions that later ones decide the other way.
+The archive is unpacked into a folder that ends with the process. Every command of a file
+is one assertion; it passes, fails, or is not applicable, which is always counted and said:
+the text format (this engine reads binaries), and assertions of old versions that later ones
+decide the other way.
 """
 
+import atexit
 import collections
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
@@ -285,23 +285,17 @@ def run_file(path):
 # -- files --
 
 
+@functools.lru_cache(None)
 def unpacked():
-    """The folder with the unpacked suite, or None where there is no archive."""
+    """The folder with the unpacked suite, which ends with this process; None where there is no archive."""
     archive = os.path.join(SPEC, "spec-json.tar.xz")
     if not os.path.exists(archive):
         return None
-    with open(archive, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()[:16]
-    folder = os.path.join(tempfile.gettempdir(), "chibishim-spec-" + digest)
-    if not os.path.isdir(folder):
-        scratch = tempfile.mkdtemp(prefix="chibishim-spec-")
-        with tarfile.open(archive) as tar:
-            tar.extractall(scratch)
-        try:
-            os.rename(scratch, folder)
-        except OSError:
-            pass                        # somebody else was faster
-    return folder
+    folder = tempfile.TemporaryDirectory(prefix="chibishim-spec-")
+    atexit.register(folder.cleanup)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder.name)
+    return folder.name
 
 
 def find_files(folder, names):
