@@ -413,6 +413,26 @@ def test_vectors_among_arguments_are_compiled_for_every_processor(native, monkey
     assert all(map(is_compiled, instance.functions))
 
 
+def test_i64_lanes_are_compared_without_the_interpreter(native, monkeypatch):
+    monkeypatch.setattr(chibishim.Tier.machine, "signals", None)        # code that hears signals has calls back for them
+    instance = native("""(module (func (export "f") (param v128 v128) (result v128 v128 v128 v128)
+      (i64x2.gt_s (local.get 0) (local.get 1)) (i64x2.lt_s (local.get 0) (local.get 1))
+      (i64x2.ge_s (local.get 0) (local.get 1)) (i64x2.le_s (local.get 0) (local.get 1))))""")
+    results = instance.exports["f"](struct.pack("<2q", -1, 1 << 40), struct.pack("<2q", 1, 1 << 40))
+    assert [struct.unpack("<2q", result) for result in results] == [(0, 0), (-1, 0), (0, -1), (-1, -1)]
+    assert is_compiled(instance.exports["f"]) and not instance.context.sites
+
+
+def test_an_if_without_else_is_one_conditional_jump(native, monkeypatch):
+    instance = native("""(module (global $g (mut i32) (i32.const 0)) (func (export "f") (param i32) (result i32)
+      (if (local.get 0) (then (global.set $g (local.get 0)))) (global.get $g)))""")
+    jumps, machine = [], chibishim.Tier.machine
+    monkeypatch.setattr(machine, "signals", None)       # code that hears signals has jumps for them
+    monkeypatch.setattr(machine.assembler, "jump", lambda self, label: jumps.append(label))
+    assert [instance.exports["f"](n) for n in (0, 5, 0)] == [0, 5, 5]
+    assert is_compiled(instance.exports["f"]) and not jumps
+
+
 def test_relaxed_vector_instructions_do_not_keep_a_function_interpreted(tier):
     # (func (param v128 v128 v128) (result v128) (f32x4.relaxed_madd (local.get 0) (local.get 1) (local.get 2)))
     data = module_of(b"\0\x20\0\x20\1\x20\2\xfd\x85\2\x0b", b"\x60\3\x7b\x7b\x7b\1\x7b")
