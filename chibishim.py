@@ -16849,8 +16849,10 @@ class Driver:
             self.loop.run(lambda: self.done)
         finally:
             self.shim("delete")
-        if isinstance(self.result, Exception):
-            raise ContainerError(str(self.result.args[-1]))
+        if isinstance(self.result, OSError):
+            raise ContainerError("the shim at %s: %s" % (self.socket, reason(self.result)))
+        if isinstance(self.result, RpcError):
+            raise ContainerError(self.result.args[1])
         if self.broken and self.broken.errno != errno.EPIPE:
             raise self.broken
         return 128 + SIGPIPE if self.broken else self.result
