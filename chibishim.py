@@ -10372,8 +10372,10 @@ def run_command(data, arguments, environment, preopens, function="_start", prelo
     and its results are printed. `preloads` is a list of (module name, bytes). `trace`
     writes every instruction to stderr; after `fuel` instructions or `timeout` seconds the
     guest traps. `tier` is one of MODES."""
+    import gc
     default_signals()
     sys.setrecursionlimit(RECURSION_LIMIT)
+    gc.set_threshold(10000, 10, 10)     # from 700: what is translated stays, and would be gone over again and again
     translator = instrument(report if trace else None, fuel and [fuel, fuel]) if trace or fuel else None
     wasi = Wasi(arguments, environment, preopens, listeners)
     imports = {"wasi_snapshot_preview1": wasi.imports(), "wasi_unstable": WasiUnstable(wasi).imports()}
