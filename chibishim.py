@@ -11135,6 +11135,7 @@ DEVICE_TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}
 RLIMITS = "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
 CAPABILITY_SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")
 MAX_ID = (1 << 32) - 2                  # uid_t -1 means "leave as it is"
+NGROUPS_MAX = 65536                     # limits.h(0p)
 MAX_MAJOR, MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1         # of the kernel's dev_t
 
 
@@ -11586,6 +11587,8 @@ def process_user(user):
                                   ("umask", (umask,), 0o777)):
         if not all(0 <= number <= limit for number in numbers):
             raise ConfigError("config.json: process.user.%s: not in 0…%d" % (field, limit))
+    if len(groups) > NGROUPS_MAX:
+        raise ConfigError("config.json: process.user.additionalGids: %d groups, and the kernel takes %d" % (len(groups), NGROUPS_MAX))
     return uid, gid, groups, umask
 
 
@@ -12244,10 +12247,13 @@ class Cgroup:
         """A descriptor that is readable when memory has run out, -1 where nobody tells: in version 1
         an eventfd, in version 2 an inotify of memory.events."""
         if "memory" in self.directories:
-            fd = libc.eventfd(0, os.O_CLOEXEC | os.O_NONBLOCK)
             control = os.open(self.file("memory", "memory.oom_control"), os.O_RDONLY | os.O_CLOEXEC)
+            fd = libc.eventfd(0, os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 write_text(self.file("memory", "cgroup.event_control"), "%d %d" % (fd, control))
+            except OSError:
+                os.close(fd)
+                raise
             finally:
                 os.close(control)
             return fd
@@ -15003,7 +15009,7 @@ class TaskService:
         self.fork(container, init, spec, steps, namespaces(config))
         record(bundle, ["init %d %s" % (init.pid, process_start_time(init.pid))])
         if config.get("hooks"):
-            yield from self.hear(init)  # b"R"
+            yield from self.hear(container, init)       # b"R"
             yield from self.run_hooks(container, "prestart", "creating")
             yield from self.run_hooks(container, "createRuntime", "creating")
             self.answer(init)
@@ -15098,11 +15104,11 @@ class TaskService:
 
     def await_ready(self, container, process, spec):
         """Waits until the child has nothing left to do but to run its payload, and does what is not for it to do."""
-        letter = yield from self.hear(process)
+        letter = yield from self.hear(container, process)
         if letter == b"L":
             os.set_blocking(process.gate, False)
             yield from send_module(self.loop, self.address, self.namespace, container.id, process.gate)
-            letter = yield from self.hear(process)
+            letter = yield from self.hear(container, process)
         process.kind = letter
         self.runs_wasm = self.runs_wasm or process.kind == b"W"
         process.io.receive_master(self.loop)
@@ -15120,12 +15126,14 @@ class TaskService:
             process.heard += piece
             return piece
 
-    def hear(self, process):
-        """The child's next letter; ContainerError with its text if it failed."""
+    def hear(self, container, process):
+        """The child's next letter; ContainerError with its text if it failed, or with what is known of its death."""
         while process.heard[:1] in (b"", b"E"):
             if not (yield from self.hear_more(process)):
-                raise ContainerError(process.heard[1:].decode("utf-8", "replace") or
-                                     "the container's process died before it was ready")
+                text = process.heard[1:].decode("utf-8", "replace") or "the container's process died before it was ready"
+                if container.cgroup and container.cgroup.oom_kills() > container.oom_kills:
+                    text += "; the kernel killed one for want of memory: linux.resources.memory.limit is too low"
+                raise ContainerError(text)
         letter, process.heard = process.heard[:1], process.heard[1:]
         return letter
 

@@ -360,6 +360,12 @@ def test_the_device_program_allows_what_the_rules_allow(group, tmp_path):
                               lambda: opens(nodes["kmsg"], os.O_WRONLY), lambda: opens(nodes["mem"], os.O_RDONLY)]) == [True, True, False, False]
 
 
+def test_more_groups_than_the_kernel_takes_are_refused():
+    chibishim.process_user({"additionalGids": [1] * 65536})
+    with pytest.raises(chibishim.ConfigError, match="additionalGids: 65537 groups"):
+        chibishim.process_user({"additionalGids": [1] * 65537})
+
+
 def kmsg_rule(allow, access):
     return {"allow": allow, "type": "c", "major": 1, "minor": 11, "access": access}
 

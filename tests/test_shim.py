@@ -364,6 +364,17 @@ def test_a_restriction_that_is_not_applied_makes_create_fail(bundle):
     bundle.fails(chibishim.NOT_FOUND, "State")
 
 
+def test_a_limit_that_is_too_low_for_the_process_itself_is_named(bundle):
+    "N13: it died before it was ready, and nobody knew why"
+    if not os.path.exists("/sys/fs/cgroup/memory"):
+        pytest.skip("no cgroup version 1")
+    swap = {"swap": 64 << 10} if os.path.exists("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes") else {}
+    bundle.config["linux"]["resources"] = {"memory": {"limit": 64 << 10, **swap}}
+    bundle.start()
+    assert "linux.resources.memory.limit is too low" in bundle.fails(chibishim.UNKNOWN_ERROR, "Create", bundle=bundle.path)
+    bundle.fails(chibishim.NOT_FOUND, "State")
+
+
 def test_a_create_that_fails_when_all_is_ready_leaves_no_container(bundle):
     "L5: a lower oom_score_adj takes CAP_SYS_RESOURCE, and is the last step"
     bundle.prefix = [sys.executable, "-c", "import ctypes, os, sys; assert not ctypes.CDLL(None).prctl(%d, %d, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
