@@ -5646,7 +5646,8 @@ class X64(Assembler):
         "v128.load8x8_s": (0x660F3820, 0), "v128.load16x4_s": (0x660F3823, 0), "v128.load32x2_s": (0x660F3825, 0),
         "v128.load8x8_u": (0x660F3830, 0), "v128.load16x4_u": (0x660F3833, 0), "v128.load32x2_u": (0x660F3835, 0)}
     # A method and its arguments for each instruction on vectors; what is not here is left to
-    # the interpreter's handler.
+    # the interpreter's handler. The methods that want constants are POOLED.
+    POOLED = ("vector_swizzle",)
     VECTORS = {
         **{name: ("vector_binary", opcode) for name, opcode in {
             "i8x16.add": 0x66000FFC, "i8x16.add_sat_s": 0x66000FEC, "i8x16.add_sat_u": 0x66000FDC, "i8x16.sub": 0x66000FF8,
@@ -6495,6 +6496,10 @@ class X64(Assembler):
         self.jump_context(trap)
 
 
+# (log2 of the lanes' bytes, lanes, those of twice the width)
+WIDENED = ((0, "i8x16", "i16x8"), (1, "i16x8", "i32x4"), (2, "i32x4", "i64x2"))
+
+
 class A64(Assembler):
     """aarch64, Armv8.0."""
 
@@ -6525,6 +6530,7 @@ class A64(Assembler):
         "i32.store": 0xB8206800, "i64.store": 0xF8206800, "i32.store8": 0x38206800, "i32.store16": 0x78206800,
         "i64.store8": 0x38206800, "i64.store16": 0x78206800, "i64.store32": 0xB8206800,
         "f32.store": 0xBC206800, "f64.store": 0xFC206800, "v128.store": 0x3CA06800}
+    POOLED = ("vector_bitmask", "vector_swizzle")
     VECTORS = {
         **{"%s.%s" % (lanes, name): ("vector_binary", opcode | size << 22) for name, opcode, sizes in (
             ("add", 0x4E208400, "0123"), ("sub", 0x6E208400, "0123"), ("mul", 0x4E209C00, "12"), ("add_sat_s", 0x4E200C00, "01"),
@@ -6553,6 +6559,39 @@ class A64(Assembler):
            for size, lanes in enumerate(("i8x16", "i16x8", "i32x4", "i64x2"))},
         **{"%s.splat" % lanes: ("vector_splat", size, is_float) for lanes, size, is_float in (
             ("i8x16", 0, False), ("i16x8", 1, False), ("i32x4", 2, False), ("i64x2", 3, False), ("f32x4", 2, True), ("f64x2", 3, True))},
+        **{"%s.extend_%s_%s_%s" % (wide, half, lanes, sign): ("vector_unary", 0x0F00A400 | upper << 30 | unsigned << 29 | 1 << size + 19)
+           for size, lanes, wide in WIDENED for upper, half in enumerate(("low", "high")) for unsigned, sign in enumerate("su")},
+        **{"%s.extmul_%s_%s_%s" % (wide, half, lanes, sign): ("vector_binary", 0x0E20C000 | upper << 30 | unsigned << 29 | size << 22)
+           for size, lanes, wide in WIDENED for upper, half in enumerate(("low", "high")) for unsigned, sign in enumerate("su")},
+        **{"%s.extadd_pairwise_%s_%s" % (wide, lanes, sign): ("vector_unary", 0x4E202800 | unsigned << 29 | size << 22)
+           for size, lanes, wide in WIDENED[:2] for unsigned, sign in enumerate("su")},
+        **{"%s.narrow_%s_%s" % (lanes, wide, sign): ("vector_narrow", opcode | size << 22) for size, lanes, wide in WIDENED[:2]
+           for sign, opcode in (("s", 0x0E214800), ("u", 0x2E212800))},
+        **{"%s.%s" % (lanes, name): ("vector_pseudo", 0x6EA0E400 | double << 22, is_max) for double, lanes in enumerate(("f32x4", "f64x2"))
+           for is_max, name in enumerate(("pmin", "pmax"))},
+        **{name + "_" + sign: ("vector_unary", opcode | unsigned << 29) for unsigned, sign in enumerate("su") for name, opcode in (
+            ("f32x4.convert_i32x4", 0x4E21D800), ("i32x4.trunc_sat_f32x4", 0x4EA1B800), ("i32x4.relaxed_trunc_f32x4", 0x4EA1B800))},
+        **{name: ("vector_steps", *opcodes) for name, opcodes in {
+            "f64x2.convert_low_i32x4_s": (0x0F20A400, 0x4E61D800), "f64x2.convert_low_i32x4_u": (0x2F20A400, 0x6E61D800),
+            "i32x4.trunc_sat_f64x2_s_zero": (0x4EE1B800, 0x0EA14800), "i32x4.trunc_sat_f64x2_u_zero": (0x6EE1B800, 0x2EA14800),
+            "i32x4.relaxed_trunc_f64x2_s_zero": (0x4EE1B800, 0x0EA14800), "i32x4.relaxed_trunc_f64x2_u_zero": (0x6EE1B800, 0x2EA14800)}.items()},
+        **{"%s.relaxed_%s" % (lanes, name): ("vector_fused", name == "nmadd", double) for double, lanes in enumerate(("f32x4", "f64x2"))
+           for name in ("madd", "nmadd")},
+        **{"%s.relaxed_%s" % (lanes, name): ("vector_binary", opcode | double << 22) for double, lanes in enumerate(("f32x4", "f64x2"))
+           for name, opcode in (("min", 0x4EA0F400), ("max", 0x4E20F400))},
+        **{"%s.%s" % (lanes, name): ("vector_extract", size, sign) for size, lanes, name, sign in (
+            (0, "i8x16", "extract_lane_s", "s"), (0, "i8x16", "extract_lane_u", "u"), (1, "i16x8", "extract_lane_s", "s"),
+            (1, "i16x8", "extract_lane_u", "u"), (2, "i32x4", "extract_lane", "u"), (3, "i64x2", "extract_lane", "u"),
+            (2, "f32x4", "extract_lane", "f"), (3, "f64x2", "extract_lane", "f"))},
+        **{"%s.replace_lane" % lanes: ("vector_replace", size, lanes[0] == "f") for size, lanes in (
+            (0, "i8x16"), (1, "i16x8"), (2, "i32x4"), (3, "i64x2"), (2, "f32x4"), (3, "f64x2"))},
+        **{"%s.all_true" % lanes: ("vector_all_true", size) for size, lanes in enumerate(("i8x16", "i16x8", "i32x4", "i64x2"))},
+        **{"%s.bitmask" % lanes: ("vector_bitmask", size) for size, lanes in enumerate(("i8x16", "i16x8", "i32x4", "i64x2"))},
+        **{"%s.relaxed_laneselect" % lanes: ("vector_select",) for lanes in ("i8x16", "i16x8", "i32x4", "i64x2")},
+        "i64x2.mul": ("vector_multiply",), "i32x4.dot_i16x8_s": ("vector_dot",), "i16x8.q15mulr_sat_s": ("vector_binary", 0x6E60B400),
+        "i16x8.relaxed_q15mulr_s": ("vector_binary", 0x6E60B400), "v128.any_true": ("vector_any_true",),
+        "f64x2.promote_low_f32x4": ("vector_unary", 0x0E617800), "f32x4.demote_f64x2_zero": ("vector_unary", 0x0E616800),
+        "i8x16.relaxed_swizzle": ("vector_swizzle",),
         "v128.and": ("vector_binary", 0x4E201C00), "v128.or": ("vector_binary", 0x4EA01C00), "v128.xor": ("vector_binary", 0x6E201C00),
         "v128.andnot": ("vector_binary", 0x4E601C00), "v128.not": ("vector_unary", 0x6E205800), "i8x16.popcnt": ("vector_unary", 0x4E205800),
         "v128.bitselect": ("vector_select",), "i8x16.swizzle": ("vector_swizzle",), "i8x16.shuffle": ("vector_shuffle",)}
@@ -6955,6 +6994,83 @@ class A64(Assembler):
         self.float_move(2, mask)
         self.three(0x6E601C00, 2, a, b)                                         # bsl
         self.float_move(d, 2)
+
+    def vector_narrow(self, d, a, b, opcode):
+        self.word(opcode | a << 5 | 2)
+        self.word(opcode | 1 << 30 | b << 5 | 2)                                # the upper half: sqxtn2, sqxtun2
+        self.float_move(d, 2)
+
+    def vector_pseudo(self, d, a, b, greater, is_max):
+        """pmin is b if a > b, else a; pmax b if b > a."""
+        self.three(greater, 2, *((b, a) if is_max else (a, b)))
+        self.three(0x6E601C00, 2, b, a)                                         # bsl
+        self.float_move(d, 2)
+
+    def vector_steps(self, d, a, first, second):
+        self.vector_unary(2, a, first)
+        self.vector_unary(d, 2, second)
+
+    def vector_fused(self, d, a, b, c, negated, double):
+        """The product rounded, plus c or taken from it."""
+        self.three(0x6E20DC00 | double << 22, 0, a, b)
+        self.three((0x4EA0D400 if negated else 0x4E20D400) | double << 22, d, c, 0)
+
+    def vector_dot(self, d, a, b):
+        self.three(0x4E60C000, 2, a, b)                                         # smull2
+        self.three(0x0E60C000, 0, a, b)                                         # smull
+        self.three(0x4EA0BC00, d, 0, 2)                                         # addp
+
+    def vector_multiply(self, d, a, b):
+        for lane in range(2):
+            self.vector_extract(16, a, lane, 3, "u")
+            self.vector_extract(17, b, lane, 3, "u")
+            self.multiply(1, 16, 16, 17)
+            self.insert(2, 16, lane, 3)
+        self.float_move(d, 2)
+
+    def vector_extract(self, d, a, lane, size, way):
+        opcode = {"s": 0x0E002C00, "u": 0x0E003C00 | (size == 3) << 30, "f": 0x5E000400}[way]       # smov, umov, dup
+        self.word(opcode | (lane << 1 | 1) << size + 16 | a << 5 | d)
+
+    def insert(self, d, a, lane, size):
+        self.word(0x4E001C00 | (lane << 1 | 1) << size + 16 | a << 5 | d)       # ins
+
+    def vector_replace(self, d, a, b, lane, size, is_float):
+        self.float_move(2, a)
+        if is_float:
+            self.word(0x6E000400 | (lane << 1 | 1) << size + 16 | b << 5 | 2)   # ins of lane 0
+        else:
+            self.insert(2, b, lane, size)
+        self.float_move(d, 2)
+
+    def vector_any_true(self, d, a):
+        self.vector_unary(2, a, 0x6E30A800)                                     # umaxv of bytes
+        self.set_if_lane("ne", d)
+
+    def vector_all_true(self, d, a, size):
+        self.vector_unary(2, a, 0x4E209800 | size << 22)                        # cmeq 0
+        self.vector_unary(2, 2, 0x6E30A800)
+        self.set_if_lane("eq", d)
+
+    def set_if_lane(self, condition, d):
+        """By whether the lowest lane of register 2 is 0"""
+        self.to_bits(0, d, 2)
+        self.compare_immediate(0, d, 0)
+        self.set_if(self.CONDITIONS[condition], d)
+
+    def vector_bitmask(self, d, a, constant, size):
+        """Of the bits of a constant, those of lanes below 0 are added."""
+        count = 16 >> size
+        bits = b"".join((1 << lane % 8).to_bytes(1 << size, "little") for lane in range(count))
+        self.float_constant(1, constant(bits), 16)
+        self.vector_unary(2, a, 0x4E20A800 | size << 22)                        # cmlt 0
+        self.three(0x4E201C00, 2, 2, 1)                                         # and
+        if size == 0:
+            self.three(0x6E004000 | 8 << 11, 1, 2, 2)                           # ext: the upper half
+            self.three(0x4E003800, 2, 2, 1)                                     # zip1: halfwords of lane i and lane 8 + i
+            size = 1
+        self.vector_unary(2, 2, 0x5EF1B800 if size == 3 else 0x4E31B800 | size << 22)               # addp, addv
+        self.to_bits(0, d, 2)
 
     def vector_swizzle(self, d, a, b, constant):
         self.three(0x4E000000, d, a, b)                                         # tbl
@@ -8039,7 +8155,7 @@ class Compiler:
             operands = [self.use_any(slot, type, place) for place, (slot, type) in enumerate(reads)]
         if "lane" in handler.op.immediates:
             operands.append((b if len(reads) == 1 else b[1]) // handler.op.width)
-        elif name == "i8x16.swizzle":
+        elif method in asm.POOLED:
             operands.append(self.pooled)
         target = self.target_any(d, write[1])
         getattr(asm, method)(target, *operands, *extras)
@@ -8070,12 +8186,36 @@ class Compiler:
 
     def load(self, step, reads, write, name, width):
         _, d, a, offset, _ = step
-        if name not in self.asm.ACCESSES:
-            return self.rare(step, reads, write)
+        asm, method = self.asm, None
+        if name not in asm.ACCESSES:
+            name, then = COMPOSED[name]
+            method, *extras = asm.VECTORS[then]
         register, offset = self.address(a, offset, width)
         target = self.target_any(d, write[1])
-        self.asm.access(name, target, register, offset)
+        if method:
+            value = asm.FLOAT_SCRATCH[0] if name[0] == "v" else self.scratch[0]
+            asm.access(name, value, register, offset)
+            getattr(asm, method)(target, value, *extras)
+        else:
+            asm.access(name, target, register, offset)
         self.put_any(d, write[1], target)
+
+    def load_lane(self, step, reads, write, name, width, lanes):
+        _, d, a, (offset, slot, lane), _ = step
+        register, offset = self.address(a, offset, width)
+        value, vector, target = self.scratch[0], self.use_float(slot, V128, 0), self.float_target(d, V128)
+        self.asm.access(name, value, register, offset)
+        method, *extras = self.asm.VECTORS[lanes + ".replace_lane"]
+        getattr(self.asm, method)(target, vector, value, lane // width, *extras)
+        self.put_float(d, V128, target)
+
+    def store_lane(self, step, reads, write, name, width, lanes):
+        _, _, a, (offset, slot, lane), _ = step
+        register, offset = self.address(a, offset, width)
+        value = self.scratch[0]
+        method, *extras = self.asm.VECTORS[lanes + (".extract_lane" if width > 2 else ".extract_lane_u")]
+        getattr(self.asm, method)(value, self.use_float(slot, V128, 0), lane // width, *extras)
+        self.asm.access(name, value, register, offset)
 
     def store(self, step, reads, write, name, width):
         _, offset, a, b, _ = step
@@ -8297,6 +8437,13 @@ def bind_emitter(method, *arguments):
     return emit
 
 
+COMPOSED = {                            # a load, where the processor has none that does it all -> a shorter one, what then
+    "v128.load8_splat": ("i32.load8_u", "i8x16.splat"), "v128.load16_splat": ("i32.load16_u", "i16x8.splat"),
+    "v128.load32_splat": ("i32.load", "i32x4.splat"), "v128.load64_splat": ("i64.load", "i64x2.splat"),
+    **{"v128.load%dx%d_%s" % (8 << size, 8 >> size, sign): ("v128.load64_zero", "%s.extend_low_%s_%s" % (wide, lanes, sign))
+       for size, lanes, wide in WIDENED for sign in "su"}}
+
+
 def emitters():
     """{name of an instruction: what compiles it}"""
     rows = {"i32.wrap_i64": bind_emitter(Compiler.wrap), "i64.extend_i32_u": bind_emitter(Compiler.wrap),
@@ -8338,8 +8485,12 @@ def emitters():
                 for verb in ("trunc", "trunc_sat"):
                     rows["%s.%s_%s_%s" % (other, verb, name, sign)] = bind_emitter(
                         Compiler.to_integer, integer_type, type, sign == "s")
+    for width, lanes, load, store in ((1, "i8x16", "i32.load8_u", "i32.store8"), (2, "i16x8", "i32.load16_u", "i32.store16"),
+                                      (4, "i32x4", "i32.load", "i32.store"), (8, "i64x2", "i64.load", "i64.store")):
+        rows["v128.load%d_lane" % (8 * width)] = bind_emitter(Compiler.load_lane, load, width, lanes)
+        rows["v128.store%d_lane" % (8 * width)] = bind_emitter(Compiler.store_lane, store, width, lanes)
     for row in INSTRUCTIONS:
-        if row[2] == "memarg" and row[1] in X64.ACCESSES:
+        if row[2] == "memarg" and (row[1] in X64.ACCESSES or row[1] in COMPOSED):
             width = struct.calcsize("<" + row[4].split()[1])
             method = Compiler.store if "store" in row[1] else Compiler.load
             rows[row[1]] = bind_emitter(method, row[1], width)
