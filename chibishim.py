@@ -5647,7 +5647,7 @@ class X64(Assembler):
         "v128.load8x8_u": (0x660F3830, 0), "v128.load16x4_u": (0x660F3833, 0), "v128.load32x2_u": (0x660F3835, 0)}
     # A method and its arguments for each instruction on vectors; what is not here is left to
     # the interpreter's handler. The methods that want constants are POOLED.
-    POOLED = ("vector_swizzle",)
+    POOLED = ("vector_swizzle", "vector_popcnt", "vector_truncate_double_s", "vector_truncate_double_u", "vector_convert_low_u")
     VECTORS = {
         **{name: ("vector_binary", opcode) for name, opcode in {
             "i8x16.add": 0x66000FFC, "i8x16.add_sat_s": 0x66000FEC, "i8x16.add_sat_u": 0x66000FDC, "i8x16.sub": 0x66000FF8,
@@ -5716,8 +5716,24 @@ class X64(Assembler):
         **{lanes + "replace_lane": ("vector_replace", bits, is_float) for lanes, bits, is_float in (
             ("i8x16.", 8, False), ("i16x8.", 16, False), ("i32x4.", 32, False), ("i64x2.", 64, False), ("f32x4.", 32, True),
             ("f64x2.", 64, True))},
+        **{"%s.relaxed_laneselect" % lanes: ("vector_select",) for lanes in ("i8x16", "i16x8", "i32x4", "i64x2")},
+        **{lanes + name: (method, *rest, double) for double, lanes in enumerate(("f32x4.", "f64x2.")) for name, method, *rest in (
+            ("abs", "vector_sign", True), ("neg", "vector_sign", False), ("min", "vector_minimum", False), ("max", "vector_minimum", True),
+            ("relaxed_min", "vector_minimum", False), ("relaxed_max", "vector_minimum", True), ("relaxed_madd", "vector_fused", False),
+            ("relaxed_nmadd", "vector_fused", True))},
+        **{"i8x16." + op: ("vector_byte_shift", opcode, op) for op, opcode in (
+            ("shl", 0x66000FF1), ("shr_u", 0x66000FD1), ("shr_s", 0x66000FE1))},
+        **{wide + ".extadd_pairwise_" + lanes + "_" + sign: ("vector_add_pairs_" + lanes[:3] + sign,)
+           for lanes, wide in (("i8x16", "i16x8"), ("i16x8", "i32x4")) for sign in "su"},
+        **{"i32x4." + verb + kind: (method,) for verb in ("trunc_sat_", "relaxed_trunc_") for kind, method in (
+            ("f32x4_s", "vector_truncate_s"), ("f32x4_u", "vector_truncate_u"), ("f64x2_s_zero", "vector_truncate_double_s"),
+            ("f64x2_u_zero", "vector_truncate_double_u"))},
+        "f32x4.convert_i32x4_u": ("vector_convert_u",), "f64x2.convert_low_i32x4_u": ("vector_convert_low_u",),
+        "i64x2.abs": ("vector_long_abs",), "i64x2.shr_s": ("vector_long_shift",), "i64x2.mul": ("vector_multiply",),
+        "i16x8.q15mulr_sat_s": ("vector_multiply_q15",), "i16x8.relaxed_q15mulr_s": ("vector_multiply_q15",),
+        "i16x8.bitmask": ("vector_word_bitmask",), "i8x16.popcnt": ("vector_popcnt",),
         "v128.not": ("vector_not",), "v128.any_true": ("vector_any_true",), "v128.bitselect": ("vector_select",),
-        "i8x16.shuffle": ("vector_shuffle",), "i8x16.swizzle": ("vector_swizzle",)}
+        "i8x16.shuffle": ("vector_shuffle",), "i8x16.swizzle": ("vector_swizzle",), "i8x16.relaxed_swizzle": ("vector_swizzle",)}
     FRAME_EXTRA = 0
     flush_stub = None                   # instruction fetches see what was written
     encodings, indirect_encodings = {}, {}
@@ -6398,6 +6414,216 @@ class X64(Assembler):
         self.register(0x66000FDB, 0, 0, mask)
         self.register(0x66000FEF, 0, 0, b)
         self.float_move(d, 0)
+
+    # What takes several steps computes in registers 2, 1 and 0, of which the last two may be operands'.
+
+    def steps(self, *steps):
+        """Instructions (opcode, register, register or memory[, immediate])"""
+        for opcode, reg, rm, *immediate in steps:
+            self.register(opcode, 0, reg, rm)
+            self.code += bytes(immediate)
+
+    def ones(self, d):
+        self.register(0x66000F76, 0, d, d)          # pcmpeqd
+
+    def shift_lanes(self, bits, op, d, count):
+        self.steps(({16: 0x66000F71, 32: 0x66000F72, 64: 0x66000F73}[bits], {"shl": 6, "shr_u": 2, "shr_s": 4}[op], d, count))
+
+    def vector_sign(self, d, a, is_abs, double):
+        bits = 64 if double else 32
+        self.ones(2)
+        if is_abs:
+            self.shift_lanes(bits, "shr_u", 2, 1)
+        else:
+            self.shift_lanes(bits, "shl", 2, bits - 1)
+        self.float_move(d, a)
+        self.register(0x0F54 if is_abs else 0x0F57, 0, d, 2)        # andps, xorps
+
+    def vector_minimum(self, d, a, b, is_max, double):
+        """Both min(a, b) and min(b, a), which differ where one is a NaN or both are zeros: of zeros the
+        signs are or-ed, or for max and-ed, and a NaN is made the canonical one."""
+        prefix = double * 0x66000000
+        extreme = prefix | (0x0F5F if is_max else 0x0F5D)
+        self.float_move(2, b)
+        self.register(extreme, 0, 2, a)
+        self.float_move(0, a)
+        self.register(extreme, 0, 0, b)
+        if is_max:
+            self.steps((0x0F57, 0, 2), (0x0F56, 2, 0), (prefix | 0x0F5C, 2, 0))     # xorps, orps, subps
+        else:
+            self.register(0x0F56, 0, 2, 0)
+        self.steps((prefix | 0x0FC2, 0, 2, 3))      # cmpunordps
+        if not is_max:
+            self.register(0x0F56, 0, 2, 0)
+        self.shift_lanes(64 if double else 32, "shr_u", 0, 13 if double else 10)
+        self.register(0x0F55, 0, 0, 2)              # andnps
+        self.float_move(d, 0)
+
+    def vector_fused(self, d, a, b, c, negated, double):
+        """The product rounded, plus c or taken from it."""
+        prefix = double * 0x66000000
+        self.float_move(0, a)
+        self.register(prefix | 0x0F59, 0, 0, b)
+        self.float_move(1, c)
+        self.register(prefix | (0x0F5C if negated else 0x0F58), 0, 1, 0)
+        self.float_move(d, 1)
+
+    def vector_byte_shift(self, d, a, count, opcode, op):
+        """Words of twice the same byte are shifted, and packed again."""
+        self.move(self.RAX, count)
+        self.alu_immediate("and", 0, self.RAX, self.RAX, 7)
+        if op != "shl":
+            self.alu_immediate("add", 0, self.RAX, self.RAX, 8)
+        self.from_bits(0, 1, self.RAX)
+        self.float_move(2, a)
+        self.float_move(0, a)
+        self.steps((0x66000F68, 2, 2), (0x66000F60, 0, 0), (opcode, 2, 1), (opcode, 0, 1))          # punpckhbw, punpcklbw
+        if op == "shl":
+            for register in 0, 2:
+                self.shift_lanes(16, "shl", register, 8)
+                self.shift_lanes(16, "shr_u", register, 8)
+        self.register(0x66000F63 if op == "shr_s" else 0x66000F67, 0, 0, 2)         # packsswb, packuswb
+        self.float_move(d, 0)
+
+    def vector_add_pairs_i8xs(self, d, a):
+        self.ones(2)
+        self.steps((0x660F381C, 2, 2), (0x660F3804, 2, a))          # pabsb: 1 in each byte; pmaddubsw
+        self.float_move(d, 2)
+
+    def vector_add_pairs_i8xu(self, d, a):
+        self.ones(2)
+        self.register(0x660F381C, 0, 2, 2)
+        self.float_move(d, a)
+        self.register(0x660F3804, 0, d, 2)
+
+    def vector_add_pairs_i16s(self, d, a):
+        self.ones(2)
+        self.register(0x660F381D, 0, 2, 2)          # pabsw
+        self.float_move(d, a)
+        self.register(0x66000FF5, 0, d, 2)          # pmaddwd
+
+    def vector_add_pairs_i16u(self, d, a):
+        self.float_move(2, a)
+        self.shift_lanes(32, "shr_u", 2, 16)
+        self.float_move(0, a)
+        self.shift_lanes(32, "shl", 0, 16)
+        self.shift_lanes(32, "shr_u", 0, 16)
+        self.register(0x66000FFE, 0, 0, 2)          # paddd
+        self.float_move(d, 0)
+
+    def vector_truncate_s(self, d, a):
+        """cvttps2dq yields 0x80000000 for what does not fit: right for small values, and turned over for great ones."""
+        self.float_move(2, a)
+        self.float_move(0, a)
+        self.steps((0x0FC2, 2, 2, 0), (0x0F54, 0, 2),               # cmpeqps: no NaN; andps
+                   (0x66000FEF, 2, 0), (0xF3000F5B, 0, 0), (0x66000FDB, 2, 0))      # pxor, cvttps2dq, pand: >= 0 became < 0
+        self.shift_lanes(32, "shr_s", 2, 31)
+        self.register(0x66000FEF, 0, 0, 2)
+        self.float_move(d, 0)
+
+    def vector_truncate_u(self, d, a):
+        """The sum of what fits 31 bits, or else 2**31, and of what is beyond these."""
+        self.float_move(0, a)
+        self.steps((0x66000FEF, 2, 2), (0x0F5F, 0, 2))              # maxps: no NaN, nothing below 0
+        self.ones(2)
+        self.shift_lanes(32, "shr_u", 2, 1)
+        self.register(0x0F5B, 0, 2, 2)              # cvtdq2ps: 2.0**31
+        self.float_move(1, 0)
+        self.steps((0x0F5C, 1, 2), (0x0FC2, 2, 1, 2),               # subps; cmpleps: at least 2**32
+                   (0xF3000F5B, 1, 1), (0x66000FEF, 1, 2), (0x66000FEF, 2, 2), (0x660F383D, 1, 2),      # pmaxsd
+                   (0xF3000F5B, 0, 0), (0x66000FFE, 0, 1))
+        self.float_move(d, 0)
+
+    def vector_truncate_double_s(self, d, a, constant):
+        """cvttpd2dq leaves zeros above, and makes 0x80000000 of what is too small."""
+        self.float_constant(1, constant(struct.pack("<2d", *[float(0x7FFFFFFF)] * 2)), 16)
+        self.float_move(2, a)
+        self.float_move(0, a)
+        self.steps((0x66000FC2, 2, 2, 0), (0x66000F54, 2, 1), (0x66000F5D, 0, 2), (0x66000FE6, 0, 0))       # cmpeqpd, andpd, minpd
+        self.float_move(d, 0)
+
+    def vector_truncate_double_u(self, d, a, constant):
+        """2.0**52 more has the integer in its lower bits."""
+        self.float_move(0, a)
+        self.steps((0x66000FEF, 2, 2), (0x66000F5F, 0, 2))          # maxpd
+        self.float_constant(1, constant(struct.pack("<2d", *[float(MAX_U32)] * 2)), 16)
+        self.steps((0x66000F5D, 0, 1), (0x660F3A09, 0, 0, 11))      # minpd, roundpd
+        self.float_constant(1, constant(struct.pack("<2d", *[2.0 ** 52] * 2)), 16)
+        self.steps((0x66000F58, 0, 1), (0x0FC6, 0, 2, 0x88))        # addpd, shufps
+        self.float_move(d, 0)
+
+    def vector_convert_u(self, d, a):
+        """The lower half-words and the rest, which is halved for a while, are exact as floats."""
+        self.float_move(2, a)
+        self.shift_lanes(32, "shl", 2, 16)
+        self.shift_lanes(32, "shr_u", 2, 16)
+        self.float_move(0, a)
+        self.register(0x66000FFA, 0, 0, 2)          # psubd
+        self.shift_lanes(32, "shr_u", 0, 1)
+        self.steps((0x0F5B, 2, 2), (0x0F5B, 0, 0), (0x0F58, 0, 0), (0x0F58, 0, 2))
+        self.float_move(d, 0)
+
+    def vector_convert_low_u(self, d, a, constant):
+        self.register(0x660F3835, 0, 2, a)          # pmovzxdq
+        self.float_constant(1, constant(struct.pack("<2d", *[2.0 ** 52] * 2)), 16)
+        self.steps((0x0F56, 2, 1), (0x66000F5C, 2, 1))              # orps, subpd
+        self.float_move(d, 2)
+
+    def vector_long_abs(self, d, a):
+        self.long_signs(2, a)
+        self.float_move(0, a)
+        self.steps((0x66000FEF, 0, 2), (0x66000FFB, 0, 2))          # psubq
+        self.float_move(d, 0)
+
+    def vector_long_shift(self, d, a, count):
+        """Of what is below 0 the complement is shifted."""
+        self.move(self.RAX, count)
+        self.alu_immediate("and", 0, self.RAX, self.RAX, 63)
+        self.from_bits(0, 1, self.RAX)
+        self.long_signs(2, a)
+        self.float_move(0, a)
+        self.steps((0x66000FEF, 0, 2), (0x66000FD3, 0, 1), (0x66000FEF, 0, 2))      # psrlq
+        self.float_move(d, 0)
+
+    def long_signs(self, d, a):
+        self.steps((0x66000FEF, d, d), (0x660F3837, d, a))          # pcmpgtq
+
+    def vector_multiply(self, d, a, b):
+        for lane in range(2):
+            self.vector_extract(self.RAX, a, lane, 64, "u")
+            self.vector_extract(self.RDX, b, lane, 64, "u")
+            self.multiply(1, self.RAX, self.RAX, self.RDX)
+            self.register(0x660F3A22, 1, 2, self.RAX)               # pinsrq
+            self.code.append(lane)
+        self.float_move(d, 2)
+
+    def vector_multiply_q15(self, d, a, b):
+        """pmulhrsw is right but for -1 times -1."""
+        self.ones(2)
+        self.shift_lanes(16, "shl", 2, 15)
+        self.float_move(0, a)
+        self.steps((0x660F380B, 0, b), (0x66000F75, 2, 0), (0x66000FEF, 0, 2))
+        self.float_move(d, 0)
+
+    def vector_word_bitmask(self, d, a):
+        self.float_move(2, a)
+        self.steps((0x66000F63, 2, 2), (0x66000FD7, d, 2))          # packsswb, pmovmskb
+        self.alu_immediate("and", 0, d, d, 0xFF)
+
+    def vector_popcnt(self, d, a, constant):
+        """Looks up either half of each byte."""
+        counts = constant(bytes(map(int.bit_count, range(16))))
+        self.float_constant(2, constant(b"\x0f" * 16), 16)
+        self.float_move(1, a)
+        self.float_move(0, a)
+        self.register(0x66000FDB, 0, 1, 2)
+        self.shift_lanes(16, "shr_u", 0, 4)
+        self.register(0x66000FDB, 0, 0, 2)
+        self.float_constant(2, counts, 16)
+        self.register(0x660F3800, 0, 2, 1)
+        self.float_constant(1, counts, 16)
+        self.steps((0x660F3800, 1, 0), (0x66000FFC, 1, 2))
+        self.float_move(d, 1)
 
     def vector_swizzle(self, d, a, b, constant):
         """pshufb yields 0 for an index from 128 on, and the saturated sum makes it so from 16 on."""

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import resource
 import signal
 import struct
@@ -431,6 +432,79 @@ def test_an_if_without_else_is_one_conditional_jump(native, monkeypatch):
     monkeypatch.setattr(machine.assembler, "jump", lambda self, label: jumps.append(label))
     assert [instance.exports["f"](n) for n in (0, 5, 0)] == [0, 5, 5]
     assert is_compiled(instance.exports["f"]) and not jumps
+
+
+VECTOR_ROWS = [row for row in chibishim.INSTRUCTIONS if 0xFD in (row[0] >> 8, row[0] >> 12) and row[3]]
+FLOATS = 0.5, -0.5, 2.0**31, -2.0**31 - 1, 2.0**32, 1e30, float("inf"), float("-inf"), float("nan"), -0.0
+EDGES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, (1 << 63) - 1, 1 << 63, (1 << 64) - 1,
+         *[int.from_bytes(struct.pack(format, *[value] * (len(format) - 1)), "little") for format in ("<ff", "<d") for value in FLOATS]]
+
+
+def lanes_of(name, value):
+    """A vector result with all NaNs alike, where its lanes are floats."""
+    format = {"f32x4": "<4f", "f64x2": "<2d"}.get(name[:5])
+    return [x if x == x else "NaN" for x in struct.unpack(format, value)] if format and value.__class__ is bytes else value
+
+
+@pytest.mark.parametrize("row", [row for row in VECTOR_ROWS if not row[2]], ids=lambda row: row[1])
+def test_a_vector_instruction_does_what_the_interpreter_does(tier, row):
+    "I2, I6"
+    opcode, name, _, type, _ = row
+    letters = {"i": 0x7F, "I": 0x7E, "f": 0x7D, "F": 0x7C, "v": 0x7B}
+    params, results = ([letters[letter] for letter in part] for part in type.split(":"))
+    code = b"\xfd" + leb128(opcode & 0xFF if opcode >> 8 == 0xFD else opcode & 0xFFF)
+    data = module_of(b"\0" + b"".join(b"\x20%c" % index for index in range(len(params))) + code + b"\x0b",
+                     b"\x60%c%s%c%s" % (len(params), bytes(params), len(results), bytes(results)))
+    choose = random.Random(name)
+
+    def operand(type):
+        if type == 0x7B:
+            return struct.pack("<2Q", *[choose.choice(EDGES) if choose.random() < 0.5 else choose.getrandbits(64) for _ in range(2)])
+        return choose.choice((0.5, -1e30, float("inf"))) if type in (0x7C, 0x7D) else choose.getrandbits(31)
+    f, g = (Instance(Module(data)).functions[0] for _ in range(2))
+    for _ in range(40):
+        operands = [operand(type) for type in params]
+        tier("interpreter")
+        expected = lanes_of(name, f(*operands))
+        tier("native")
+        assert repr(lanes_of(name, g(*operands))) == repr(expected), operands
+    assert is_compiled(g) and not is_compiled(f)
+
+
+@pytest.mark.parametrize("assembler", chibishim.ASSEMBLERS.values())
+def test_every_vector_instruction_but_two_is_machine_code(assembler):
+    left = {row[1] for row in VECTOR_ROWS} - set(assembler.VECTORS) - set(chibishim.EMITTERS)
+    assert left == {"i16x8.relaxed_dot_i8x16_i7x16_s", "i32x4.relaxed_dot_i8x16_i7x16_add_s"}
+
+
+@pytest.mark.parametrize("name", [row[1] for row in VECTOR_ROWS if row[2] == "memarg" and "load" in row[1]])
+def test_a_load_of_a_vector_does_what_the_interpreter_does(wat, tier, name):
+    text = """(module (memory 1) (data (i32.const 3) "\\80\\01\\fe\\7f\\00\\ff\\81\\22\\33\\c4\\55\\66\\f7\\88\\19\\aa")
+      (func (export "f") (param i32) (result v128) (%s offset=1 (local.get 0))))""" % name
+    assert_same_memory_access(wat, tier, text)
+
+
+@pytest.mark.parametrize("name", [row[1] for row in VECTOR_ROWS if row[2] == "memarg lane"])
+@pytest.mark.parametrize("lane", [0, 1])
+def test_a_lane_is_loaded_and_stored_as_by_the_interpreter(wat, tier, name, lane):
+    access = "(%s offset=1 %d (local.get 0) (local.get 1))" % (name, lane)
+    text = """(module (memory 1) (data (i32.const 3) "\\80\\01\\fe\\7f\\00\\ff\\81\\22\\33\\c4\\55\\66\\f7\\88\\19\\aa")
+      (func (export "f") (param i32) (result v128) (local v128)
+        (local.set 1 (v128.const i64x2 0x123456789abcdef0 0x0fedcba987654321))
+        %s))""" % (access if "load" in name else access + " (v128.load (i32.const 0))")
+    assert_same_memory_access(wat, tier, text)
+
+
+def assert_same_memory_access(wat, tier, text):
+    """At some places, and at the end of the memory, where it traps."""
+    data = wat(text)
+    outcomes = {}
+    for mode in "interpreter", "native":
+        tier(mode)
+        f = Instance(Module(data)).exports["f"]
+        outcomes[mode] = [outcome(f, at) for at in (0, 2, 5, *range(65518, 65536), 0xFFFFFFFF)]
+    assert is_compiled(f) and outcomes["native"] == outcomes["interpreter"]
+    assert any("out of bounds" in str(value) for value in outcomes["native"]) and outcomes["native"][0].__class__ is bytes
 
 
 def test_relaxed_vector_instructions_do_not_keep_a_function_interpreted(tier):
