@@ -1,10 +1,24 @@
-"""Image archives in the OCI layout (image-layout.md), as `ctr image import` takes them."""
+"""Archives: images in the OCI layout (image-layout.md), as `ctr image import` takes them, and the suites'."""
 
+import atexit
 import hashlib
 import io
 import json
 import os
 import tarfile
+import tempfile
+
+
+
+def unpacked(archive):
+    """The folder with an archive's files, which ends with this process; None where there is no archive."""
+    if not os.path.exists(archive):
+        return None
+    folder = tempfile.TemporaryDirectory(prefix="chibishim-suite-")
+    atexit.register(folder.cleanup)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder.name)
+    return folder.name
 
 
 def image_of(programs, entrypoint, reference, path):

@@ -8,7 +8,6 @@ the text format (this engine reads binaries), and assertions of old versions tha
 decide the other way.
 """
 
-import atexit
 import collections
 import functools
 import json
@@ -17,12 +16,11 @@ import os
 import signal
 import struct
 import sys
-import tarfile
-import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import archives  # noqa: E402
 import chibishim  # noqa: E402
 from chibishim import (F32, F64, FUNCREF, I32, I64, Exhaustion, FunctionType, Global, GlobalType,  # noqa: E402
                        HostFunction, Instance, Invalid, Malformed, Memory, Module, Table, Trap, Unlinkable, execute_any)
@@ -287,15 +285,8 @@ def run_file(path):
 
 @functools.lru_cache(None)
 def unpacked():
-    """The folder with the unpacked suite, which ends with this process; None where there is no archive."""
-    archive = os.path.join(SPEC, "spec-json.tar.xz")
-    if not os.path.exists(archive):
-        return None
-    folder = tempfile.TemporaryDirectory(prefix="chibishim-spec-")
-    atexit.register(folder.cleanup)
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder.name)
-    return folder.name
+    """The folder with the unpacked suite, None where there is none."""
+    return archives.unpacked(os.path.join(SPEC, "spec-json.tar.xz"))
 
 
 def find_files(folder, names):

@@ -9,14 +9,14 @@ preopened as /.
 
 import concurrent.futures
 import functools
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
+
+import archives
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WASI = os.path.join(ROOT, os.environ.get("SHARED", "../shared"), "wasi")
@@ -28,23 +28,8 @@ WITHOUT_OPENAT2 = ["-c", "import sys; sys.path.insert(0, %r); import chibishim; 
 
 @functools.lru_cache(None)
 def unpacked():
-    """The folder with the unpacked suite, named after the archive's hash; None where
-    there is no archive."""
-    archive = os.path.join(WASI, "p1.tar.xz")
-    if not os.path.exists(archive):
-        return None
-    with open(archive, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()[:16]
-    folder = os.path.join(tempfile.gettempdir(), "chibishim-wasi-" + digest)
-    if not os.path.isdir(folder):
-        scratch = tempfile.mkdtemp(prefix="chibishim-wasi-")
-        with tarfile.open(archive) as tar:
-            tar.extractall(scratch)
-        try:
-            os.rename(scratch, folder)
-        except OSError:
-            shutil.rmtree(scratch)      # somebody else was faster
-    return folder
+    """The folder with the unpacked suite, None where there is none."""
+    return archives.unpacked(os.path.join(WASI, "p1.tar.xz"))
 
 
 def cases(words=()):
