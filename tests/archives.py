@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 
@@ -14,11 +15,11 @@ def unpacked(archive):
     """The folder with an archive's files, which ends with this process; None where there is no archive."""
     if not os.path.exists(archive):
         return None
-    folder = tempfile.TemporaryDirectory(prefix="chibishim-suite-")
-    atexit.register(folder.cleanup)
+    folder = tempfile.mkdtemp(prefix="chibishim-suite-")        # a TemporaryDirectory would end with the first worker
+    atexit.register(shutil.rmtree, folder)
     with tarfile.open(archive) as tar:
-        tar.extractall(folder.name)
-    return folder.name
+        tar.extractall(folder)
+    return folder
 
 
 def image_of(programs, entrypoint, reference, path):
