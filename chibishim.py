@@ -5610,6 +5610,18 @@ class Assembler:
         self.bind(done)
 
 
+RELAXED = {                             # instructions that may do what another one does -> that one
+    "i8x16.relaxed_swizzle": "i8x16.swizzle", "i16x8.relaxed_q15mulr_s": "i16x8.q15mulr_sat_s",
+    **{"i32x4.relaxed_trunc_" + kind: "i32x4.trunc_sat_" + kind for kind in ("f32x4_s", "f32x4_u", "f64x2_s_zero", "f64x2_u_zero")},
+    **{lanes + ".relaxed_laneselect": "v128.bitselect" for lanes in ("i8x16", "i16x8", "i32x4", "i64x2")},
+    **{lanes + ".relaxed_" + name: lanes + "." + name for lanes in ("f32x4", "f64x2") for name in ("min", "max")}}
+
+
+def with_relaxed(rows):
+    """A table of instructions on vectors, and in it those that may do what another one does."""
+    return {**rows, **{name: rows[other] for name, other in RELAXED.items()}}
+
+
 class X64(Assembler):
     """x86-64 with SSE4.2 and POPCNT, as of the level x86-64-v2."""
 
@@ -5648,7 +5660,7 @@ class X64(Assembler):
     # A method and its arguments for each instruction on vectors; what is not here is left to
     # the interpreter's handler. The methods that want constants are POOLED.
     POOLED = ("vector_swizzle", "vector_popcnt", "vector_truncate_double_s", "vector_truncate_double_u", "vector_convert_low_u")
-    VECTORS = {
+    VECTORS = with_relaxed({
         **{name: ("vector_binary", opcode) for name, opcode in {
             "i8x16.add": 0x66000FFC, "i8x16.add_sat_s": 0x66000FEC, "i8x16.add_sat_u": 0x66000FDC, "i8x16.sub": 0x66000FF8,
             "i8x16.sub_sat_s": 0x66000FE8, "i8x16.sub_sat_u": 0x66000FD8, "i8x16.min_s": 0x660F3838, "i8x16.min_u": 0x66000FDA,
@@ -5716,24 +5728,20 @@ class X64(Assembler):
         **{lanes + "replace_lane": ("vector_replace", bits, is_float) for lanes, bits, is_float in (
             ("i8x16.", 8, False), ("i16x8.", 16, False), ("i32x4.", 32, False), ("i64x2.", 64, False), ("f32x4.", 32, True),
             ("f64x2.", 64, True))},
-        **{"%s.relaxed_laneselect" % lanes: ("vector_select",) for lanes in ("i8x16", "i16x8", "i32x4", "i64x2")},
         **{lanes + name: (method, *rest, double) for double, lanes in enumerate(("f32x4.", "f64x2.")) for name, method, *rest in (
             ("abs", "vector_sign", True), ("neg", "vector_sign", False), ("min", "vector_minimum", False), ("max", "vector_minimum", True),
-            ("relaxed_min", "vector_minimum", False), ("relaxed_max", "vector_minimum", True), ("relaxed_madd", "vector_fused", False),
-            ("relaxed_nmadd", "vector_fused", True))},
-        **{"i8x16." + op: ("vector_byte_shift", opcode, op) for op, opcode in (
-            ("shl", 0x66000FF1), ("shr_u", 0x66000FD1), ("shr_s", 0x66000FE1))},
-        **{wide + ".extadd_pairwise_" + lanes + "_" + sign: ("vector_add_pairs_" + lanes[:3] + sign,)
+            ("relaxed_madd", "vector_fused", False), ("relaxed_nmadd", "vector_fused", True))},
+        **{"i8x16." + op: ("vector_byte_shift", op) for op in ("shl", "shr_u", "shr_s")},
+        **{wide + ".extadd_pairwise_" + lanes + "_" + sign: ("vector_add_pairs_" + lanes.partition("x")[0] + sign,)
            for lanes, wide in (("i8x16", "i16x8"), ("i16x8", "i32x4")) for sign in "su"},
-        **{"i32x4." + verb + kind: (method,) for verb in ("trunc_sat_", "relaxed_trunc_") for kind, method in (
-            ("f32x4_s", "vector_truncate_s"), ("f32x4_u", "vector_truncate_u"), ("f64x2_s_zero", "vector_truncate_double_s"),
-            ("f64x2_u_zero", "vector_truncate_double_u"))},
+        "i32x4.trunc_sat_f32x4_s": ("vector_truncate_s",), "i32x4.trunc_sat_f32x4_u": ("vector_truncate_u",),
+        "i32x4.trunc_sat_f64x2_s_zero": ("vector_truncate_double_s",), "i32x4.trunc_sat_f64x2_u_zero": ("vector_truncate_double_u",),
         "f32x4.convert_i32x4_u": ("vector_convert_u",), "f64x2.convert_low_i32x4_u": ("vector_convert_low_u",),
         "i64x2.abs": ("vector_long_abs",), "i64x2.shr_s": ("vector_long_shift",), "i64x2.mul": ("vector_multiply",),
-        "i16x8.q15mulr_sat_s": ("vector_multiply_q15",), "i16x8.relaxed_q15mulr_s": ("vector_multiply_q15",),
+        "i16x8.q15mulr_sat_s": ("vector_multiply_q15",),
         "i16x8.bitmask": ("vector_word_bitmask",), "i8x16.popcnt": ("vector_popcnt",),
         "v128.not": ("vector_not",), "v128.any_true": ("vector_any_true",), "v128.bitselect": ("vector_select",),
-        "i8x16.shuffle": ("vector_shuffle",), "i8x16.swizzle": ("vector_swizzle",), "i8x16.relaxed_swizzle": ("vector_swizzle",)}
+        "i8x16.shuffle": ("vector_shuffle",), "i8x16.swizzle": ("vector_swizzle",)})
     FRAME_EXTRA = 0
     flush_stub = None                   # instruction fetches see what was written
     encodings, indirect_encodings = {}, {}
@@ -6290,7 +6298,7 @@ class X64(Assembler):
         self.vector_not(d, d)
 
     def vector_not(self, d, a):
-        self.register(0x66000F76, 0, 2, 2)          # pcmpeqd: all ones
+        self.ones(2)
         if d != a:
             self.float_move(d, a)
         self.register(0x66000FEF, 0, d, 2)
@@ -6301,7 +6309,7 @@ class X64(Assembler):
         self.register(extreme, 0, 2, b)
         self.register(equal, 0, 2, a)
         if negated:
-            self.register(0x66000F76, 0, d, d)      # pcmpeqd: all ones
+            self.ones(d)
             self.register(0x66000FEF, 0, d, 2)
         else:
             self.float_move(d, 2)
@@ -6416,18 +6424,31 @@ class X64(Assembler):
         self.float_move(d, 0)
 
     # What takes several steps computes in registers 2, 1 and 0, of which the last two may be operands'.
+    PACKED = {"and": 0x0F54, "andn": 0x0F55, "or": 0x0F56, "xor": 0x0F57, "add": 0x0F58, "mul": 0x0F59, "sub": 0x0F5C, "min": 0x0F5D,
+              "max": 0x0F5F, "cmp": 0x0FC2, "shuf": 0x0FC6}        # … ps and … pd
+    SSE = {
+        **{name + "ps": opcode for name, opcode in PACKED.items()}, **{name + "pd": 0x66000000 | opcode for name, opcode in PACKED.items()},
+        "cvtdq2ps": 0x0F5B, "cvttps2dq": 0xF3000F5B, "cvttpd2dq": 0x66000FE6, "roundpd": 0x660F3A09, "pmovzxdq": 0x660F3835,
+        "pmovmskb": 0x66000FD7, "punpcklbw": 0x66000F60, "punpckhbw": 0x66000F68, "packsswb": 0x66000F63, "packuswb": 0x66000F67,
+        "pand": 0x66000FDB, "pxor": 0x66000FEF, "pabsb": 0x660F381C, "pabsw": 0x660F381D, "paddb": 0x66000FFC, "paddd": 0x66000FFE,
+        "psubd": 0x66000FFA, "psubq": 0x66000FFB, "pmaddubsw": 0x660F3804, "pmaddwd": 0x66000FF5, "pmulhrsw": 0x660F380B,
+        "pmaxsd": 0x660F383D, "pcmpeqw": 0x66000F75, "pcmpeqd": 0x66000F76, "pcmpgtq": 0x660F3837, "pshufb": 0x660F3800,
+        "psllw": 0x66000FF1, "psrlw": 0x66000FD1, "psraw": 0x66000FE1, "psrlq": 0x66000FD3}
+    EQUAL_LANES, LESS_OR_EQUAL, UNORDERED = 0, 2, 3         # cmpps and cmppd
+    TRUNCATED = 11                                          # roundpd: towards zero, and quietly
 
-    def steps(self, *steps):
-        """Instructions (opcode, register, register or memory[, immediate])"""
-        for opcode, reg, rm, *immediate in steps:
-            self.register(opcode, 0, reg, rm)
+    def sse(self, *steps):
+        """Instructions: (mnemonic, register, register[, immediate])"""
+        for name, reg, rm, *immediate in steps:
+            self.register(self.SSE[name], 0, reg, rm)
             self.code += bytes(immediate)
 
     def ones(self, d):
-        self.register(0x66000F76, 0, d, d)          # pcmpeqd
+        self.sse(("pcmpeqd", d, d))
 
     def shift_lanes(self, bits, op, d, count):
-        self.steps(({16: 0x66000F71, 32: 0x66000F72, 64: 0x66000F73}[bits], {"shl": 6, "shr_u": 2, "shr_s": 4}[op], d, count))
+        self.register({16: 0x66000F71, 32: 0x66000F72, 64: 0x66000F73}[bits], 0, {"shl": 6, "shr_u": 2, "shr_s": 4}[op], d)
+        self.code.append(count)
 
     def vector_sign(self, d, a, is_abs, double):
         bits = 64 if double else 32
@@ -6437,39 +6458,37 @@ class X64(Assembler):
         else:
             self.shift_lanes(bits, "shl", 2, bits - 1)
         self.float_move(d, a)
-        self.register(0x0F54 if is_abs else 0x0F57, 0, d, 2)        # andps, xorps
+        self.sse(("andps" if is_abs else "xorps", d, 2))
 
     def vector_minimum(self, d, a, b, is_max, double):
         """Both min(a, b) and min(b, a), which differ where one is a NaN or both are zeros: of zeros the
         signs are or-ed, or for max and-ed, and a NaN is made the canonical one."""
-        prefix = double * 0x66000000
-        extreme = prefix | (0x0F5F if is_max else 0x0F5D)
+        kind = "pd" if double else "ps"
+        extreme = ("max" if is_max else "min") + kind
         self.float_move(2, b)
-        self.register(extreme, 0, 2, a)
+        self.sse((extreme, 2, a))
         self.float_move(0, a)
-        self.register(extreme, 0, 0, b)
+        self.sse((extreme, 0, b))
         if is_max:
-            self.steps((0x0F57, 0, 2), (0x0F56, 2, 0), (prefix | 0x0F5C, 2, 0))     # xorps, orps, subps
+            self.sse(("xorps", 0, 2), ("orps", 2, 0), ("sub" + kind, 2, 0), ("cmp" + kind, 0, 2, self.UNORDERED))
         else:
-            self.register(0x0F56, 0, 2, 0)
-        self.steps((prefix | 0x0FC2, 0, 2, 3))      # cmpunordps
-        if not is_max:
-            self.register(0x0F56, 0, 2, 0)
+            self.sse(("orps", 2, 0), ("cmp" + kind, 0, 2, self.UNORDERED), ("orps", 2, 0))
         self.shift_lanes(64 if double else 32, "shr_u", 0, 13 if double else 10)
-        self.register(0x0F55, 0, 0, 2)              # andnps
+        self.sse(("andnps", 0, 2))
         self.float_move(d, 0)
 
     def vector_fused(self, d, a, b, c, negated, double):
         """The product rounded, plus c or taken from it."""
-        prefix = double * 0x66000000
+        kind = "pd" if double else "ps"
         self.float_move(0, a)
-        self.register(prefix | 0x0F59, 0, 0, b)
+        self.sse(("mul" + kind, 0, b))
         self.float_move(1, c)
-        self.register(prefix | (0x0F5C if negated else 0x0F58), 0, 1, 0)
+        self.sse((("sub" if negated else "add") + kind, 1, 0))
         self.float_move(d, 1)
 
-    def vector_byte_shift(self, d, a, count, opcode, op):
+    def vector_byte_shift(self, d, a, count, op):
         """Words of twice the same byte are shifted, and packed again."""
+        shift = {"shl": "psllw", "shr_u": "psrlw", "shr_s": "psraw"}[op]
         self.move(self.RAX, count)
         self.alu_immediate("and", 0, self.RAX, self.RAX, 7)
         if op != "shl":
@@ -6477,30 +6496,28 @@ class X64(Assembler):
         self.from_bits(0, 1, self.RAX)
         self.float_move(2, a)
         self.float_move(0, a)
-        self.steps((0x66000F68, 2, 2), (0x66000F60, 0, 0), (opcode, 2, 1), (opcode, 0, 1))          # punpckhbw, punpcklbw
+        self.sse(("punpckhbw", 2, 2), ("punpcklbw", 0, 0), (shift, 2, 1), (shift, 0, 1))
         if op == "shl":
             for register in 0, 2:
                 self.shift_lanes(16, "shl", register, 8)
                 self.shift_lanes(16, "shr_u", register, 8)
-        self.register(0x66000F63 if op == "shr_s" else 0x66000F67, 0, 0, 2)         # packsswb, packuswb
+        self.sse(("packsswb" if op == "shr_s" else "packuswb", 0, 2))
         self.float_move(d, 0)
 
-    def vector_add_pairs_i8xs(self, d, a):
+    def vector_add_pairs_i8s(self, d, a):
         self.ones(2)
-        self.steps((0x660F381C, 2, 2), (0x660F3804, 2, a))          # pabsb: 1 in each byte; pmaddubsw
+        self.sse(("pabsb", 2, 2), ("pmaddubsw", 2, a))              # 1 in each byte, times a's
         self.float_move(d, 2)
 
-    def vector_add_pairs_i8xu(self, d, a):
+    def vector_add_pairs_i8u(self, d, a):
         self.ones(2)
-        self.register(0x660F381C, 0, 2, 2)
         self.float_move(d, a)
-        self.register(0x660F3804, 0, d, 2)
+        self.sse(("pabsb", 2, 2), ("pmaddubsw", d, 2))              # the first operand's bytes are unsigned
 
     def vector_add_pairs_i16s(self, d, a):
         self.ones(2)
-        self.register(0x660F381D, 0, 2, 2)          # pabsw
         self.float_move(d, a)
-        self.register(0x66000FF5, 0, d, 2)          # pmaddwd
+        self.sse(("pabsw", 2, 2), ("pmaddwd", d, 2))
 
     def vector_add_pairs_i16u(self, d, a):
         self.float_move(2, a)
@@ -6508,30 +6525,30 @@ class X64(Assembler):
         self.float_move(0, a)
         self.shift_lanes(32, "shl", 0, 16)
         self.shift_lanes(32, "shr_u", 0, 16)
-        self.register(0x66000FFE, 0, 0, 2)          # paddd
+        self.sse(("paddd", 0, 2))
         self.float_move(d, 0)
 
     def vector_truncate_s(self, d, a):
-        """cvttps2dq yields 0x80000000 for what does not fit: right for small values, and turned over for great ones."""
+        """cvttps2dq yields 0x80000000 for what does not fit: right for small values, and turned over for
+        great ones, of which the sign has changed."""
         self.float_move(2, a)
         self.float_move(0, a)
-        self.steps((0x0FC2, 2, 2, 0), (0x0F54, 0, 2),               # cmpeqps: no NaN; andps
-                   (0x66000FEF, 2, 0), (0xF3000F5B, 0, 0), (0x66000FDB, 2, 0))      # pxor, cvttps2dq, pand: >= 0 became < 0
+        self.sse(("cmpps", 2, 2, self.EQUAL_LANES), ("andps", 0, 2),           # 0 for a NaN
+                 ("pxor", 2, 0), ("cvttps2dq", 0, 0), ("pand", 2, 0))
         self.shift_lanes(32, "shr_s", 2, 31)
-        self.register(0x66000FEF, 0, 0, 2)
+        self.sse(("pxor", 0, 2))
         self.float_move(d, 0)
 
     def vector_truncate_u(self, d, a):
         """The sum of what fits 31 bits, or else 2**31, and of what is beyond these."""
         self.float_move(0, a)
-        self.steps((0x66000FEF, 2, 2), (0x0F5F, 0, 2))              # maxps: no NaN, nothing below 0
+        self.sse(("pxor", 2, 2), ("maxps", 0, 2))                   # no NaN, nothing below 0
         self.ones(2)
         self.shift_lanes(32, "shr_u", 2, 1)
-        self.register(0x0F5B, 0, 2, 2)              # cvtdq2ps: 2.0**31
+        self.sse(("cvtdq2ps", 2, 2))                                # 2.0**31
         self.float_move(1, 0)
-        self.steps((0x0F5C, 1, 2), (0x0FC2, 2, 1, 2),               # subps; cmpleps: at least 2**32
-                   (0xF3000F5B, 1, 1), (0x66000FEF, 1, 2), (0x66000FEF, 2, 2), (0x660F383D, 1, 2),      # pmaxsd
-                   (0xF3000F5B, 0, 0), (0x66000FFE, 0, 1))
+        self.sse(("subps", 1, 2), ("cmpps", 2, 1, self.LESS_OR_EQUAL),         # whether it is 2**32 at least
+                 ("cvttps2dq", 1, 1), ("pxor", 1, 2), ("pxor", 2, 2), ("pmaxsd", 1, 2), ("cvttps2dq", 0, 0), ("paddd", 0, 1))
         self.float_move(d, 0)
 
     def vector_truncate_double_s(self, d, a, constant):
@@ -6539,17 +6556,17 @@ class X64(Assembler):
         self.float_constant(1, constant(struct.pack("<2d", *[float(0x7FFFFFFF)] * 2)), 16)
         self.float_move(2, a)
         self.float_move(0, a)
-        self.steps((0x66000FC2, 2, 2, 0), (0x66000F54, 2, 1), (0x66000F5D, 0, 2), (0x66000FE6, 0, 0))       # cmpeqpd, andpd, minpd
+        self.sse(("cmppd", 2, 2, self.EQUAL_LANES), ("andpd", 2, 1), ("minpd", 0, 2), ("cvttpd2dq", 0, 0))
         self.float_move(d, 0)
 
     def vector_truncate_double_u(self, d, a, constant):
         """2.0**52 more has the integer in its lower bits."""
         self.float_move(0, a)
-        self.steps((0x66000FEF, 2, 2), (0x66000F5F, 0, 2))          # maxpd
+        self.sse(("pxor", 2, 2), ("maxpd", 0, 2))
         self.float_constant(1, constant(struct.pack("<2d", *[float(MAX_U32)] * 2)), 16)
-        self.steps((0x66000F5D, 0, 1), (0x660F3A09, 0, 0, 11))      # minpd, roundpd
+        self.sse(("minpd", 0, 1), ("roundpd", 0, 0, self.TRUNCATED))
         self.float_constant(1, constant(struct.pack("<2d", *[2.0 ** 52] * 2)), 16)
-        self.steps((0x66000F58, 0, 1), (0x0FC6, 0, 2, 0x88))        # addpd, shufps
+        self.sse(("addpd", 0, 1), ("shufps", 0, 2, 0x88))
         self.float_move(d, 0)
 
     def vector_convert_u(self, d, a):
@@ -6558,21 +6575,22 @@ class X64(Assembler):
         self.shift_lanes(32, "shl", 2, 16)
         self.shift_lanes(32, "shr_u", 2, 16)
         self.float_move(0, a)
-        self.register(0x66000FFA, 0, 0, 2)          # psubd
+        self.sse(("psubd", 0, 2))
         self.shift_lanes(32, "shr_u", 0, 1)
-        self.steps((0x0F5B, 2, 2), (0x0F5B, 0, 0), (0x0F58, 0, 0), (0x0F58, 0, 2))
+        self.sse(("cvtdq2ps", 2, 2), ("cvtdq2ps", 0, 0), ("addps", 0, 0), ("addps", 0, 2))
         self.float_move(d, 0)
 
     def vector_convert_low_u(self, d, a, constant):
-        self.register(0x660F3835, 0, 2, a)          # pmovzxdq
+        """An integer in the lower bits of 2.0**52, less 2.0**52"""
+        self.sse(("pmovzxdq", 2, a))
         self.float_constant(1, constant(struct.pack("<2d", *[2.0 ** 52] * 2)), 16)
-        self.steps((0x0F56, 2, 1), (0x66000F5C, 2, 1))              # orps, subpd
+        self.sse(("orps", 2, 1), ("subpd", 2, 1))
         self.float_move(d, 2)
 
     def vector_long_abs(self, d, a):
         self.long_signs(2, a)
         self.float_move(0, a)
-        self.steps((0x66000FEF, 0, 2), (0x66000FFB, 0, 2))          # psubq
+        self.sse(("pxor", 0, 2), ("psubq", 0, 2))
         self.float_move(d, 0)
 
     def vector_long_shift(self, d, a, count):
@@ -6582,19 +6600,18 @@ class X64(Assembler):
         self.from_bits(0, 1, self.RAX)
         self.long_signs(2, a)
         self.float_move(0, a)
-        self.steps((0x66000FEF, 0, 2), (0x66000FD3, 0, 1), (0x66000FEF, 0, 2))      # psrlq
+        self.sse(("pxor", 0, 2), ("psrlq", 0, 1), ("pxor", 0, 2))
         self.float_move(d, 0)
 
     def long_signs(self, d, a):
-        self.steps((0x66000FEF, d, d), (0x660F3837, d, a))          # pcmpgtq
+        self.sse(("pxor", d, d), ("pcmpgtq", d, a))
 
     def vector_multiply(self, d, a, b):
         for lane in range(2):
             self.vector_extract(self.RAX, a, lane, 64, "u")
             self.vector_extract(self.RDX, b, lane, 64, "u")
             self.multiply(1, self.RAX, self.RAX, self.RDX)
-            self.register(0x660F3A22, 1, 2, self.RAX)               # pinsrq
-            self.code.append(lane)
+            self.vector_replace(2, 2, self.RAX, lane, 64, False)
         self.float_move(d, 2)
 
     def vector_multiply_q15(self, d, a, b):
@@ -6602,12 +6619,12 @@ class X64(Assembler):
         self.ones(2)
         self.shift_lanes(16, "shl", 2, 15)
         self.float_move(0, a)
-        self.steps((0x660F380B, 0, b), (0x66000F75, 2, 0), (0x66000FEF, 0, 2))
+        self.sse(("pmulhrsw", 0, b), ("pcmpeqw", 2, 0), ("pxor", 0, 2))
         self.float_move(d, 0)
 
     def vector_word_bitmask(self, d, a):
         self.float_move(2, a)
-        self.steps((0x66000F63, 2, 2), (0x66000FD7, d, 2))          # packsswb, pmovmskb
+        self.sse(("packsswb", 2, 2), ("pmovmskb", d, 2))
         self.alu_immediate("and", 0, d, d, 0xFF)
 
     def vector_popcnt(self, d, a, constant):
@@ -6616,13 +6633,12 @@ class X64(Assembler):
         self.float_constant(2, constant(b"\x0f" * 16), 16)
         self.float_move(1, a)
         self.float_move(0, a)
-        self.register(0x66000FDB, 0, 1, 2)
         self.shift_lanes(16, "shr_u", 0, 4)
-        self.register(0x66000FDB, 0, 0, 2)
+        self.sse(("pand", 1, 2), ("pand", 0, 2))
         self.float_constant(2, counts, 16)
-        self.register(0x660F3800, 0, 2, 1)
+        self.sse(("pshufb", 2, 1))
         self.float_constant(1, counts, 16)
-        self.steps((0x660F3800, 1, 0), (0x66000FFC, 1, 2))
+        self.sse(("pshufb", 1, 0), ("paddb", 1, 2))
         self.float_move(d, 1)
 
     def vector_swizzle(self, d, a, b, constant):
@@ -6757,7 +6773,7 @@ class A64(Assembler):
         "i64.store8": 0x38206800, "i64.store16": 0x78206800, "i64.store32": 0xB8206800,
         "f32.store": 0xBC206800, "f64.store": 0xFC206800, "v128.store": 0x3CA06800}
     POOLED = ("vector_bitmask", "vector_swizzle")
-    VECTORS = {
+    VECTORS = with_relaxed({
         **{"%s.%s" % (lanes, name): ("vector_binary", opcode | size << 22) for name, opcode, sizes in (
             ("add", 0x4E208400, "0123"), ("sub", 0x6E208400, "0123"), ("mul", 0x4E209C00, "12"), ("add_sat_s", 0x4E200C00, "01"),
             ("add_sat_u", 0x6E200C00, "01"), ("sub_sat_s", 0x4E202C00, "01"), ("sub_sat_u", 0x6E202C00, "01"),
@@ -6796,15 +6812,12 @@ class A64(Assembler):
         **{"%s.%s" % (lanes, name): ("vector_pseudo", 0x6EA0E400 | double << 22, is_max) for double, lanes in enumerate(("f32x4", "f64x2"))
            for is_max, name in enumerate(("pmin", "pmax"))},
         **{name + "_" + sign: ("vector_unary", opcode | unsigned << 29) for unsigned, sign in enumerate("su") for name, opcode in (
-            ("f32x4.convert_i32x4", 0x4E21D800), ("i32x4.trunc_sat_f32x4", 0x4EA1B800), ("i32x4.relaxed_trunc_f32x4", 0x4EA1B800))},
+            ("f32x4.convert_i32x4", 0x4E21D800), ("i32x4.trunc_sat_f32x4", 0x4EA1B800))},
         **{name: ("vector_steps", *opcodes) for name, opcodes in {
             "f64x2.convert_low_i32x4_s": (0x0F20A400, 0x4E61D800), "f64x2.convert_low_i32x4_u": (0x2F20A400, 0x6E61D800),
-            "i32x4.trunc_sat_f64x2_s_zero": (0x4EE1B800, 0x0EA14800), "i32x4.trunc_sat_f64x2_u_zero": (0x6EE1B800, 0x2EA14800),
-            "i32x4.relaxed_trunc_f64x2_s_zero": (0x4EE1B800, 0x0EA14800), "i32x4.relaxed_trunc_f64x2_u_zero": (0x6EE1B800, 0x2EA14800)}.items()},
+            "i32x4.trunc_sat_f64x2_s_zero": (0x4EE1B800, 0x0EA14800), "i32x4.trunc_sat_f64x2_u_zero": (0x6EE1B800, 0x2EA14800)}.items()},
         **{"%s.relaxed_%s" % (lanes, name): ("vector_fused", name == "nmadd", double) for double, lanes in enumerate(("f32x4", "f64x2"))
            for name in ("madd", "nmadd")},
-        **{"%s.relaxed_%s" % (lanes, name): ("vector_binary", opcode | double << 22) for double, lanes in enumerate(("f32x4", "f64x2"))
-           for name, opcode in (("min", 0x4EA0F400), ("max", 0x4E20F400))},
         **{"%s.%s" % (lanes, name): ("vector_extract", size, sign) for size, lanes, name, sign in (
             (0, "i8x16", "extract_lane_s", "s"), (0, "i8x16", "extract_lane_u", "u"), (1, "i16x8", "extract_lane_s", "s"),
             (1, "i16x8", "extract_lane_u", "u"), (2, "i32x4", "extract_lane", "u"), (3, "i64x2", "extract_lane", "u"),
@@ -6813,14 +6826,12 @@ class A64(Assembler):
             (0, "i8x16"), (1, "i16x8"), (2, "i32x4"), (3, "i64x2"), (2, "f32x4"), (3, "f64x2"))},
         **{"%s.all_true" % lanes: ("vector_all_true", size) for size, lanes in enumerate(("i8x16", "i16x8", "i32x4", "i64x2"))},
         **{"%s.bitmask" % lanes: ("vector_bitmask", size) for size, lanes in enumerate(("i8x16", "i16x8", "i32x4", "i64x2"))},
-        **{"%s.relaxed_laneselect" % lanes: ("vector_select",) for lanes in ("i8x16", "i16x8", "i32x4", "i64x2")},
         "i64x2.mul": ("vector_multiply",), "i32x4.dot_i16x8_s": ("vector_dot",), "i16x8.q15mulr_sat_s": ("vector_binary", 0x6E60B400),
-        "i16x8.relaxed_q15mulr_s": ("vector_binary", 0x6E60B400), "v128.any_true": ("vector_any_true",),
+        "v128.any_true": ("vector_any_true",),
         "f64x2.promote_low_f32x4": ("vector_unary", 0x0E617800), "f32x4.demote_f64x2_zero": ("vector_unary", 0x0E616800),
-        "i8x16.relaxed_swizzle": ("vector_swizzle",),
         "v128.and": ("vector_binary", 0x4E201C00), "v128.or": ("vector_binary", 0x4EA01C00), "v128.xor": ("vector_binary", 0x6E201C00),
         "v128.andnot": ("vector_binary", 0x4E601C00), "v128.not": ("vector_unary", 0x6E205800), "i8x16.popcnt": ("vector_unary", 0x4E205800),
-        "v128.bitselect": ("vector_select",), "i8x16.swizzle": ("vector_swizzle",), "i8x16.shuffle": ("vector_shuffle",)}
+        "v128.bitselect": ("vector_select",), "i8x16.swizzle": ("vector_swizzle",), "i8x16.shuffle": ("vector_shuffle",)})
 
     # -- encoding --
 
@@ -7222,13 +7233,13 @@ class A64(Assembler):
         self.float_move(d, 2)
 
     def vector_narrow(self, d, a, b, opcode):
-        self.word(opcode | a << 5 | 2)
+        self.word(opcode | a << 5 | 2)                                          # sqxtn, sqxtun
         self.word(opcode | 1 << 30 | b << 5 | 2)                                # the upper half: sqxtn2, sqxtun2
         self.float_move(d, 2)
 
     def vector_pseudo(self, d, a, b, greater, is_max):
         """pmin is b if a > b, else a; pmax b if b > a."""
-        self.three(greater, 2, *((b, a) if is_max else (a, b)))
+        self.three(greater, 2, *((b, a) if is_max else (a, b)))                 # fcmgt
         self.three(0x6E601C00, 2, b, a)                                         # bsl
         self.float_move(d, 2)
 
@@ -7238,8 +7249,8 @@ class A64(Assembler):
 
     def vector_fused(self, d, a, b, c, negated, double):
         """The product rounded, plus c or taken from it."""
-        self.three(0x6E20DC00 | double << 22, 0, a, b)
-        self.three((0x4EA0D400 if negated else 0x4E20D400) | double << 22, d, c, 0)
+        self.three(0x6E20DC00 | double << 22, 0, a, b)                          # fmul
+        self.three((0x4EA0D400 if negated else 0x4E20D400) | double << 22, d, c, 0)                 # fsub, fadd
 
     def vector_dot(self, d, a, b):
         self.three(0x4E60C000, 2, a, b)                                         # smull2
@@ -11512,7 +11523,7 @@ DEVICE_TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}
 RLIMITS = "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
 CAPABILITY_SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")
 MAX_ID = (1 << 32) - 2                  # uid_t -1 means "leave as it is"
-NGROUPS_MAX = 65536                     # limits.h(0p)
+NGROUPS_MAX = 65536                     # setgroups(2)
 MAX_MAJOR, MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1         # of the kernel's dev_t
 
 
